@@ -1,0 +1,19 @@
+"""What the four scripts share. Leaves first; nothing here imports a script.
+
+cli          argument types and groups, progress, hardware; the one place where an error becomes an exit status
+randomness   every random number, as a pure function of where it stands
+recipes      the training recipe of each model at each size
+cnn, vit     SimpleCNN and SimpleViT, plain modules
+pretrained   timm backbones: a new head, freezing, hub or local weights
+models       build_model: from a name to a module
+transforms   augmentation, resizing and normalising of a uint8 batch
+data         a dataset's name or folder -> splits -> images in memory -> batches
+schedule     the learning rate as a pure function of the step
+engine       train_step and predict: the numeric path
+metrics      accuracy, F1 and the rest, as local `evaluate` modules
+checkpoint   one self-describing safetensors file, written atomically
+tracking     TensorBoard and metrics.jsonl
+profiling    times and traces engine.train_step
+report       tables, reports and plots
+shadow       lets `import evaluate` and `import profile` find the real modules beside our scripts of those names
+"""

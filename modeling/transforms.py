@@ -1,0 +1,277 @@
+"""Resizing, augmenting and normalising batches of uint8 images, on the device where they are.
+
+Every image draws its own parameters from (seed, epoch, its index), so its pixels do not depend on the batch it is in. The steps
+between uint8 and uint8 are those of torchvision's functional ops; tests/test_transforms.py holds them against it, image by image.
+A resize is two matrix products with 14-bit weights: sums of integers below 2**24, exact in float32 in any order, on any device.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as TF
+
+from modeling import randomness
+
+AUGMENT_SETS = ("none", "light", "standard", "randaugment")
+_WEIGHT_BITS = 14
+# Draw numbers: the last key of the hash. Each use has a range of its own.
+_FLIP, _ANGLE, _PAD_X, _PAD_Y, _CROP, _JITTER, _RANDAUGMENT = 0, 1, 2, 3, 10, 60, 80
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into a model's input.
+
+    crop_fraction None: resize to (image_size, image_size), no crop. Else: resize the short side to image_size / crop_fraction,
+    then crop the centre. mean and std are per channel, for pixels in 0..1. interpolation: "bilinear" or "bicubic", antialiased.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_fraction: float | None = None
+    interpolation: str = "bilinear"
+
+
+def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:
+    x = x.abs()
+    if interpolation == "bilinear":
+        return (1 - x).clamp(min=0)
+    assert interpolation == "bicubic", interpolation
+    a = -0.5  # Keys' cubic, as Pillow and torch's antialiased resize have it
+    inner = ((a + 2) * x - (a + 3)) * x * x + 1
+    outer = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
+
+
+def _weights(
+    start: torch.Tensor, length: torch.Tensor, side_in: int, side_out: int, out_offset: torch.Tensor, num_out: int, interpolation: str
+) -> torch.Tensor:
+    """Integer resampling weights (B, num_out, side_in): row o makes pixel out_offset + o of the box's `side_out` (B,) pixels."""
+    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    ratio = length / side_out.double()[:, None, None]
+    stretch = ratio.clamp(min=1)  # antialias: a wider kernel where the image shrinks
+    out = torch.arange(num_out, device=start.device).double()[None, :, None] + out_offset.double()[:, None, None]
+    pixel = torch.arange(side_in, device=start.device).double()[None, None, :] - start
+    weights = _kernel((pixel + 0.5 - ratio * (out + 0.5)) / stretch, interpolation)
+    weights = weights * ((pixel >= 0) & (pixel < length))
+    weights = weights / weights.sum(dim=2, keepdim=True)
+    return torch.round(weights * 2**_WEIGHT_BITS).float()
+
+
+def _multiply_rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(a, b).mul_(2.0**-_WEIGHT_BITS).add_(0.5).floor_().clamp_(0, 255)
+
+
+def resample(
+    images: torch.Tensor,
+    boxes: torch.Tensor,
+    scaled: torch.Tensor,
+    offsets: torch.Tensor,
+    size: int,
+    flip: torch.Tensor,
+    interpolation: str,
+) -> torch.Tensor:
+    """Scale a box of each image, take a square window of the result, mirror it where asked.
+
+    images (B, C, H, W) uint8; boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
+    scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) uint8.
+    """
+    H, W = images.shape[2:]
+    rows = _weights(boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation)  # (B, S, H)
+    cols = _weights(boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation)  # (B, S, W)
+    cols = torch.where(flip[:, None, None], cols.flip(1), cols)
+    out = _multiply_rounded(images.float(), cols.transpose(1, 2)[:, None])  # (B, C, H, S)
+    return _multiply_rounded(rows[:, None], out).to(torch.uint8)  # (B, C, S, S)
+
+
+def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2) from the top left -> (B, C, S, S) uint8, as at evaluation."""
+    size = prep.image_size
+    flip = torch.zeros(len(images), dtype=torch.bool, device=images.device) if flip is None else flip
+    if prep.crop_fraction is None:
+        scaled = torch.full_like(sizes, size)
+    else:
+        short = math.floor(size / prep.crop_fraction)
+        scaled = sizes * short // sizes.amin(dim=1, keepdim=True)  # torchvision's rounding of the long side
+    if images.shape[2:] == (size, size) and bool((sizes == size).all() and (scaled == size).all()):
+        return torch.where(flip[:, None, None, None], images.flip(3), images)  # untouched where it is equal
+    # Half a pixel goes as Python's round, torchvision's centre crop, has it: to the even side.
+    offsets = torch.round((scaled - size) / 2).long()
+    boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+    return resample(images, boxes, scaled, offsets, size, flip, prep.interpolation)
+
+
+def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
+    """uint8 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
+    mean = torch.tensor(prep.mean, device=images.device)[:, None, None]
+    std = torch.tensor(prep.std, device=images.device)[:, None, None]
+    return (images.float() / 255 - mean) / std
+
+
+def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
+    """The model's input at evaluation: (B, C, H, W) uint8 and their sizes (B, 2) -> (B, C, S, S) float32."""
+    return normalize(resize(images, sizes, prep), prep)
+
+
+class Draws:
+    """Uniform numbers of one batch: draws(n) is number n of each image, (B,) float32 in [0, 1)."""
+
+    def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
+        self.keys = (seed, randomness.AUGMENT, epoch, indices)
+
+    def __call__(self, draw: int) -> torch.Tensor:
+        return randomness.uniform(*self.keys, draw)
+
+
+def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, float]) -> torch.Tensor:
+    """Boxes (B, 4) of RandomResizedCrop (Szegedy et al., https://arxiv.org/abs/1409.4842): `scale` of the area, aspect 3/4 to 4/3.
+
+    The first of ten tries that fits the image, else the largest centred box of an allowed aspect, as torchvision has it.
+    """
+    height, width = sizes[:, 0].float(), sizes[:, 1].float()
+    box_h, box_w = torch.zeros_like(height), torch.zeros_like(width)
+    log_ratio = math.log(4 / 3)
+    for attempt in range(10):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws(_CROP + 2 * attempt))
+        aspect = torch.exp(log_ratio * (2 * draws(_CROP + 2 * attempt + 1) - 1))
+        w, h = torch.round(torch.sqrt(area * aspect)), torch.round(torch.sqrt(area / aspect))
+        take = (box_h == 0) & (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        box_h, box_w = torch.where(take, h, box_h), torch.where(take, w, box_w)
+    found = box_h > 0
+    fallback_w = torch.minimum(width, torch.round(height * 4 / 3))
+    fallback_h = torch.minimum(height, torch.round(width / (3 / 4)))
+    box_h, box_w = torch.where(found, box_h, fallback_h), torch.where(found, box_w, fallback_w)
+    top = torch.where(found, torch.floor((height - box_h + 1) * draws(_CROP + 20)), torch.floor((height - box_h) / 2))
+    left = torch.where(found, torch.floor((width - box_w + 1) * draws(_CROP + 21)), torch.floor((width - box_w) / 2))
+    return torch.stack([top, left, box_h, box_w], dim=1).long()
+
+
+def random_resized_crop(images: torch.Tensor, sizes: torch.Tensor, draws: Draws, prep: Preprocessing, flip: torch.Tensor) -> torch.Tensor:
+    """RandomResizedCrop with 0.8 to 1 of the area, and the flip: -> (B, C, S, S) uint8."""
+    boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
+    scaled = torch.full_like(sizes, prep.image_size)
+    return resample(images, boxes, scaled, torch.zeros_like(sizes), prep.image_size, flip, prep.interpolation)
+
+
+def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Pad by an eighth of the side with black (4 pixels at 32, as He et al., https://arxiv.org/abs/1512.03385), crop the size back."""
+    B, _, S, _ = images.shape
+    pad = S // 8
+    padded = F.pad(images, (pad, pad, pad, pad))
+    top = torch.floor(draws(_PAD_Y) * (2 * pad + 1)).long()
+    left = torch.floor(draws(_PAD_X) * (2 * pad + 1)).long()
+    side = torch.arange(S, device=images.device)
+    batch = torch.arange(B, device=images.device)[:, None, None]
+    rows, cols = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
+    return padded.permute(0, 2, 3, 1)[batch, rows, cols].permute(0, 3, 1, 2).contiguous()
+
+
+def _gray(images: torch.Tensor) -> torch.Tensor:
+    r, g, b = images.unbind(dim=1)
+    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).floor_()[:, None]
+
+
+def _blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
+    return images.mul(factor).add_(other * (1 - factor)).clamp_(0, 255).floor_()
+
+
+def _jitter_op(images: torch.Tensor, op: int, factor: torch.Tensor) -> torch.Tensor:
+    """Brightness (0), contrast (1) or saturation (2) of float images that hold integers."""
+    if op == 0:
+        return _blend(images, 0.0, factor)
+    gray = _gray(images)
+    if op == 2:
+        return _blend(images, gray, factor)
+    mean = gray.long().sum(dim=(1, 2, 3), keepdim=True) / gray[0].numel()  # integers: the same in any order
+    return _blend(images, mean, factor)
+
+
+def color_jitter(images: torch.Tensor, draws: Draws, strength: float = 0.2) -> torch.Tensor:
+    """Brightness, contrast and saturation by factors in 1 -+ strength, in an order of each image's own. uint8 -> uint8."""
+    factors = torch.stack([1 - strength + 2 * strength * draws(_JITTER + i) for i in range(3)], dim=1)  # (B, 3)
+    order = torch.stack([draws(_JITTER + 3 + i) for i in range(3)], dim=1).argsort(dim=1, stable=True)  # (B, 3)
+    images = images.float()
+    for slot in range(3):
+        for op in range(3):
+            chosen = (order[:, slot] == op).nonzero()[:, 0]
+            images[chosen] = _jitter_op(images[chosen], op, factors[chosen, op, None, None, None])
+    return images.to(torch.uint8)
+
+
+def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.Tensor:
+    """Rotate about the centre by up to `degrees` either way, bilinear, black outside. uint8 -> uint8."""
+    angle = torch.deg2rad(degrees * (2 * draws(_ANGLE) - 1))
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return out.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _randaugment_ops(size: int) -> list:
+    """RandAugment's 14 ops at magnitude 9 of 30, functions of (images, sign), with torchvision's ranges."""
+    m = 9 / 30
+
+    def affine(images: torch.Tensor, angle: float = 0.0, x: int = 0, y: int = 0, shear_x: float = 0.0, shear_y: float = 0.0):
+        shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
+        center = [0.0, 0.0] if shear_x or shear_y else None
+        return TF.affine(images, angle=angle, translate=[x, y], scale=1.0, shear=shear, center=center)
+
+    shift = int(150.0 / 331.0 * size * m)
+    return [
+        lambda images, sign: images,
+        lambda images, sign: affine(images, shear_x=sign * 0.3 * m),
+        lambda images, sign: affine(images, shear_y=sign * 0.3 * m),
+        lambda images, sign: affine(images, x=sign * shift),
+        lambda images, sign: affine(images, y=sign * shift),
+        lambda images, sign: TF.rotate(images, sign * 30.0 * m),
+        lambda images, sign: TF.adjust_brightness(images, 1 + sign * 0.9 * m),
+        lambda images, sign: TF.adjust_saturation(images, 1 + sign * 0.9 * m),
+        lambda images, sign: TF.adjust_contrast(images, 1 + sign * 0.9 * m),
+        lambda images, sign: TF.adjust_sharpness(images, 1 + sign * 0.9 * m),
+        lambda images, sign: TF.posterize(images, 8 - round(9 / (30 / 4))),
+        lambda images, sign: TF.solarize(images, 255 * (1 - m)),
+        lambda images, sign: TF.autocontrast(images),
+        lambda images, sign: TF.equalize(images),
+    ]
+
+
+def randaugment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """RandAugment (Cubuk et al., https://arxiv.org/abs/1909.13719), two ops of magnitude 9 of 30. uint8 -> uint8."""
+    ops = _randaugment_ops(images.shape[-1])
+    for slot in range(2):
+        choice = torch.floor(draws(_RANDAUGMENT + 2 * slot) * len(ops)).long()
+        negative = draws(_RANDAUGMENT + 2 * slot + 1) < 0.5
+        images = images.clone()
+        for number, op in enumerate(ops):
+            for sign in (-1, 1):
+                chosen = ((choice == number) & (negative == (sign < 0))).nonzero()[:, 0]
+                if len(chosen):
+                    images[chosen] = op(images[chosen], sign)
+    return images
+
+
+def augment(
+    images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, *, name: str, seed: int, epoch: int, indices: torch.Tensor
+) -> torch.Tensor:
+    """A batch as training sees it in `epoch`: (B, C, H, W) uint8, their sizes (B, 2) and indices (B,) -> (B, C, S, S) float32.
+
+    none: as at evaluation. light: RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2. standard: flip, padded crop, colour
+    jitter 0.2, rotation by up to 15 degrees. randaugment: RandAugment.
+    """
+    draws = Draws(seed, epoch, indices)
+    if name == "none":
+        out = resize(images, sizes, prep)
+    elif name == "randaugment":
+        out = randaugment(resize(images, sizes, prep), draws)
+    else:
+        flip = draws(_FLIP) < 0.5
+        if name == "light":
+            out = color_jitter(random_resized_crop(images, sizes, draws, prep, flip), draws)
+        else:
+            assert name == "standard", name
+            out = rotate(color_jitter(padded_crop(resize(images, sizes, prep, flip), draws), draws), draws)
+    return normalize(out, prep)
