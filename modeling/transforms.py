@@ -171,7 +171,7 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
     r, g, b = images.unbind(dim=1)
-    return r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).floor_()[:, None]
+    return ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()[:, None]  # integers until the division: no rounding
 
 
 def _blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
@@ -185,7 +185,7 @@ def _jitter_op(images: torch.Tensor, op: int, factor: torch.Tensor) -> torch.Ten
     gray = _gray(images)
     if op == 2:
         return _blend(images, gray, factor)
-    mean = gray.long().sum(dim=(1, 2, 3), keepdim=True) / gray[0].numel()  # integers: the same in any order
+    mean = gray.long().sum(dim=(1, 2, 3), keepdim=True) / (gray.shape[2] * gray.shape[3])  # integers: any order will do
     return _blend(images, mean, factor)
 
 
@@ -204,9 +204,11 @@ def color_jitter(images: torch.Tensor, draws: Draws, strength: float = 0.2) -> t
 def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.Tensor:
     """Rotate about the centre by up to `degrees` either way, bilinear, black outside. uint8 -> uint8."""
     angle = torch.deg2rad(degrees * (2 * draws(_ANGLE) - 1))
-    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
-    theta = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
+    S = images.shape[-1]
+    x = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # pixel centres in -1..1
+    x, y = x[None, None, :], x[None, :, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)  # (B, S, S, 2)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return out.round_().clamp_(0, 255).to(torch.uint8)
 
