@@ -9,7 +9,7 @@ class SimpleCNN(nn.Module):
 
     Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults and 10 classes it has
     6,799,882 parameters at any size, for the features are average-pooled to `pool` x `pool`. `pool=None` flattens them as they
-    are, so that the first Linear fits `image_size` alone. `kaiming` draws the weights for ReLU (He et al.,
+    are, so that the first Linear fits `image_size` alone. `kaiming` draws the weights that a ReLU follows (He et al.,
     https://arxiv.org/abs/1502.01852); without it they are PyTorch's defaults. ValueError: an image smaller than 2 ** blocks.
     """
 
@@ -45,7 +45,7 @@ class SimpleCNN(nn.Module):
         )
         if kaiming:
             for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
+                if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.classifier[-1]:  # no ReLU follows that
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     nn.init.zeros_(module.bias)
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from scipy import special
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
@@ -47,9 +48,15 @@ def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:
 
 
 def _weights(
-    start: torch.Tensor, length: torch.Tensor, side_in: int, side_out: int, out_offset: torch.Tensor, num_out: int, interpolation: str
+    start: torch.Tensor,
+    length: torch.Tensor,
+    side_in: int,
+    side_out: torch.Tensor,
+    out_offset: torch.Tensor,
+    num_out: int,
+    interpolation: str,
 ) -> torch.Tensor:
-    """Integer resampling weights (B, num_out, side_in): row o makes pixel out_offset + o of the box's `side_out` (B,) pixels."""
+    """Resampling weights (B, num_out, side_in), multiples of 2**-14: row o is pixel out_offset + o of the box's `side_out` (B,)."""
     start, length = start.double()[:, None, None], length.double()[:, None, None]
     ratio = length / side_out.double()[:, None, None]
     stretch = ratio.clamp(min=1)  # antialias: a wider kernel where the image shrinks
@@ -58,11 +65,7 @@ def _weights(
     weights = _kernel((pixel + 0.5 - ratio * (out + 0.5)) / stretch, interpolation)
     weights = weights * ((pixel >= 0) & (pixel < length))
     weights = weights / weights.sum(dim=2, keepdim=True)
-    return torch.round(weights * 2**_WEIGHT_BITS).float()
-
-
-def _multiply_rounded(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.matmul(a, b).mul_(2.0**-_WEIGHT_BITS).add_(0.5).floor_().clamp_(0, 255)
+    return (torch.round(weights * 2**_WEIGHT_BITS) / 2**_WEIGHT_BITS).float()
 
 
 def resample(
@@ -79,12 +82,15 @@ def resample(
     images (B, C, H, W) uint8; boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
     scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) uint8.
     """
-    H, W = images.shape[2:]
+    B, C, H, W = images.shape
     rows = _weights(boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation)  # (B, S, H)
     cols = _weights(boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation)  # (B, S, W)
     cols = torch.where(flip[:, None, None], cols.flip(1), cols)
-    out = _multiply_rounded(images.float(), cols.transpose(1, 2)[:, None])  # (B, C, H, S)
-    return _multiply_rounded(rows[:, None], out).to(torch.uint8)  # (B, C, S, S)
+    half = torch.tensor(0.5, device=images.device)  # floor(x + 0.5) rounds
+    out = torch.baddbmm(half, images.reshape(B, C * H, W).float(), cols.transpose(1, 2)).clamp_(0, 255).floor_()  # (B, C * H, S)
+    rows = rows[:, None].expand(B, C, size, H).reshape(B * C, size, H)
+    out = torch.baddbmm(half, rows, out.view(B * C, H, size)).clamp_(0, 255).to(torch.uint8)  # (B * C, S, S)
+    return out.view(B, C, size, size)
 
 
 def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None) -> torch.Tensor:
@@ -108,7 +114,7 @@ def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
     """uint8 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
     mean = torch.tensor(prep.mean, device=images.device)[:, None, None]
     std = torch.tensor(prep.std, device=images.device)[:, None, None]
-    return (images.float() / 255 - mean) / std
+    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
@@ -277,3 +283,27 @@ def augment(
             assert name == "standard", name
             out = rotate(color_jitter(padded_crop(resize(images, sizes, prep, flip), draws), draws), draws)
     return normalize(out, prep)
+
+
+def mix(
+    x: torch.Tensor, own: torch.Tensor, partner: torch.Tensor, *, mixup: float, cutmix: float, keys: tuple[int, ...]
+) -> tuple[torch.Tensor, float]:
+    """Mix each image with its partner; one weight and one box for the whole global batch, drawn by `keys`.
+
+    x (U, C, S, S); own and partner (B,) point into it. mixup (Zhang et al., https://arxiv.org/abs/1710.09412) and cutmix (Yun et
+    al., https://arxiv.org/abs/1905.04899) are the alphas of their Beta distributions; 0 is off, and of two the batch takes one at
+    random. Gives (B, C, S, S) and the weight of the own label.
+    """
+    u = randomness.uniform(*keys, torch.arange(4)).tolist()
+    use_cutmix = cutmix > 0 and (mixup == 0 or u[0] < 0.5)
+    alpha = cutmix if use_cutmix else mixup
+    weight = float(special.betaincinv(alpha, alpha, u[1]))
+    if not use_cutmix:
+        return torch.lerp(x[partner], x[own], weight), weight
+    S = x.shape[-1]
+    side = S * math.sqrt(1 - weight)
+    top, left = (max(0, round(S * c - side / 2)) for c in u[2:])
+    bottom, right = (min(S, round(S * c + side / 2)) for c in u[2:])
+    out = x[own]  # a copy: own is a tensor of indices
+    out[:, :, top:bottom, left:right] = x[partner, :, top:bottom, left:right]
+    return out, 1 - (bottom - top) * (right - left) / S**2

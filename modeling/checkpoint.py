@@ -1,0 +1,140 @@
+"""Checkpoints: one safetensors file that describes itself, written so that a kill leaves the old file or the new one, whole."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from modeling.models import build_model
+from modeling.pretrained import read_tensors
+from modeling.transforms import Preprocessing
+
+FORMAT_VERSION = 1
+_KEY = "checkpoint"  # one key: safetensors writes several in random order
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file to write; at the end it is flushed to disk and takes the name `path` at once. On an error `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def git_commit() -> str | None:
+    """The commit of this project's checkout, with -dirty where tracked files differ from it; None outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    names = ("torch", "torchvision", "timm", "accelerate", "datasets", "safetensors", "scikit-learn", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def save_checkpoint(path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]) -> None:
+    """Write weights and a header of JSON values. What depends on time goes to `clock`: the rest is reproducible, bit for bit."""
+    clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
+    header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic_write(path) as file:
+        file.write(safetensors.torch.save(state, metadata={_KEY: json.dumps(header, allow_nan=False, sort_keys=True)}))
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. ValueError: not a whole safetensors file, or not one of ours."""
+    return _parse(Path(path), read_tensors(Path(path))[1])
+
+
+def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if _KEY not in metadata:
+        raise ValueError(f"{path} holds weights but no description of a model: give a checkpoint that train.py wrote")
+    header = json.loads(metadata[_KEY])
+    if header["format_version"] > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {header['format_version']}, newer than this program's {FORMAT_VERSION}: update it")
+    return header
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in eval mode, rebuilt from the file alone, and the header: model, classes, preprocessing, arguments, dataset, metrics.
+
+    ValueError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
+    """
+    state, metadata = read_tensors(Path(path))
+    header = _parse(Path(path), metadata)
+    model = build_model(**header["model"])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return model.eval(), header
+
+
+def preprocessing_from(header: dict[str, Any]) -> Preprocessing:
+    """The preprocessing that a checkpoint's header holds."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["preprocessing"].items()}
+    return Preprocessing(**fields)
+
+
+def preprocessing_to(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The preprocessing as a header holds it."""
+    return dataclasses.asdict(preprocessing)
+
+
+def move_aside(output_dir: Path, run: str) -> Path | None:
+    """Move what an older run of this name wrote to previous/{run}-{time}/, and give that folder; None if there was nothing."""
+    names = [f"checkpoints/{run}_best.safetensors", f"checkpoints/{run}_final.safetensors", f"runs/{run}"]
+    names += [f"traces/confusion_matrix_{run}.png", f"traces/classification_report_{run}.txt", f"traces/predictions_{run}.csv"]
+    old = [name for name in names if (output_dir / name).exists()]
+    if not old:
+        return None
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder = output_dir / "previous" / f"{run}-{stamp}"
+    for name in old:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (output_dir / name).rename(folder / name)
+    return folder

@@ -1,0 +1,177 @@
+"""What the commands share: argument types and groups, progress, hardware, and the one place where an error becomes an exit status."""
+
+import argparse
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate.state import AcceleratorState
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+_LOG_SECONDS = 30
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors, so that a script and its Python API say the same; no abbreviations."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see --help)")
+
+    def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
+        """Parse keyword options as if they were flags: learning_rate=0.1 is --learning-rate 0.1, True the flag alone."""
+        argv = []
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            if value is None:
+                continue
+            if isinstance(value, bool):
+                argv += [flag] if value else []
+            elif isinstance(value, list | tuple):
+                argv += [flag, *map(str, value)]
+            else:
+                argv += [flag, str(value)]
+        return self.parse_args(argv)
+
+
+def number(kind: type = float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False):
+    """An argparse type: a finite number in an interval, with an error that names the interval."""
+    bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}".replace("inf]", "inf)")
+    wanted = f"{'an integer' if kind is int else 'a number'} in {bounds}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if not math.isfinite(value) or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+POSITIVE_INT = number(int, low=1)
+POSITIVE = number(low=0, open_low=True)
+NON_NEGATIVE = number(low=0)
+FRACTION = number(low=0, high=1, open_low=True, open_high=True)
+
+
+def add_hardware_group(parser: Parser) -> None:
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--mixed-precision", choices=("no", "bf16", "fp16"), help="precision of the forward pass (default: the launcher's, else no)"
+    )
+    group.add_argument(
+        "--num-threads",
+        type=POSITIVE_INT,
+        help="CPU threads of each process (default: OMP_NUM_THREADS, or the cores divided by the processes on this machine)",
+    )
+    group.add_argument("--num-workers", type=POSITIVE_INT, default=num_cores(), help="threads that decode images (default: the cores)")
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
+    """Set the threads, build the Accelerator, and say what it runs on. ValueError: what this machine cannot do."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes are not supported yet: launch with --num_processes 1")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    omp = os.environ.get("OMP_NUM_THREADS")
+    if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
+        torch.set_num_threads(args.num_threads or num_cores())
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
+    accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision)
+    on_cpu = accelerator.device.type == "cpu"
+    if accelerator.mixed_precision == "fp16" and on_cpu:
+        raise ValueError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
+    if accelerator.mixed_precision == "no":
+        capabilities = torch.cpu.get_capabilities()
+        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
+        if fast:
+            print(f"This {'CPU' if on_cpu else 'GPU'} has fast bf16, and it is off: --mixed-precision bf16 turns it on.")
+    return accelerator
+
+
+class Progress:
+    """Progress with a rate and an ETA: a bar on a terminal, elsewhere a line on standard error every 30 seconds."""
+
+    def __init__(self, total: int, description: str, unit: str = " images"):
+        self.total, self.count, self.description, self.unit = total, 0, description, unit
+        self.started = self.logged = time.monotonic()
+        self.bar = tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: int) -> None:
+        self.count += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.monotonic() - self.logged >= _LOG_SECONDS:
+            self.logged = time.monotonic()
+            meter = tqdm.format_meter(self.count, self.total, self.logged - self.started, prefix=self.description, unit=self.unit, ncols=0)
+            print(meter, file=sys.stderr, flush=True)
+
+    def describe(self, text: str) -> None:
+        self.description = text
+        if self.bar is not None:
+            self.bar.set_description(text)
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+
+def check_output_dir(folder: Path) -> None:
+    """Make the folder and try to write in it, before anything is spent. ValueError: it cannot be written."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call `main` and give the exit status: 0 done, 2 bad input with one line, 130 interrupted, 1 anything else.
+
+    A ValueError that our own code raises speaks to the user; one from inside a library is a bug, and keeps its traceback.
+    """
+    program = Path(sys.argv[0]).name
+    try:
+        return main() or 0
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ArithmeticError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
+        if isinstance(error, OSError):
+            message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        elif raised_in in (ROOT, ROOT / "modeling"):
+            message = str(error)
+        else:
+            raise
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1

@@ -1,0 +1,310 @@
+"""A dataset's name or folder -> splits -> images in memory -> batches.
+
+Images are decoded once, before training, into uint8 tensors; what is random about a batch is a pure function of seed, epoch and
+step (modeling/randomness.py).
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from modeling import randomness
+from modeling.hub import prepare_hub
+
+HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
+SPLITS = ("train", "validation", "test")
+_SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
+KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
+
+
+@dataclass
+class Source:
+    """A dataset before decoding: its splits as `datasets` has them, its classes and columns, and the hub commit it came from."""
+
+    name: str
+    revision: str | None
+    classes: list[str]
+    splits: dict[str, datasets.Dataset]
+    image_column: str
+    label_column: str
+
+    def labels(self, split: str) -> torch.Tensor:
+        """The class number of every row, (N,) int64. ValueError: a row without a label."""
+        column = self.splits[split].data.column(self.label_column)  # whole splits as loaded: no row has been moved
+        labels = torch.tensor(column.fill_null(-1).to_pylist(), dtype=torch.int64)
+        if (labels < 0).any():
+            raise ValueError(f"{self.name}: row {int((labels < 0).nonzero()[0])} of split {split} has no label")
+        return labels
+
+
+def digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 digits as 32x32 RGB, divided 80/20 into train and test by a fixed stratified seed."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    labels = torch.from_numpy(raw.target)
+    grey = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in raw.images]
+    images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in grey]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(d) for d in range(10)])})
+    test = stratified(labels, round(0.2 * len(labels)), 0, randomness.SPLIT)
+    is_test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, test, True)
+    rows = {"train": (~is_test).nonzero()[:, 0].tolist(), "test": test.tolist()}
+    return datasets.DatasetDict(
+        {
+            split: datasets.Dataset.from_dict({"image": [images[i] for i in r], "label": raw.target[r]}, features=features)
+            for split, r in rows.items()
+        }
+    )
+
+
+def load_source(name: str) -> Source:
+    """Load `digits`, `stl10`, `cifar10`, a local folder (parquet or ImageFolder), or a hub id.
+
+    Columns and classes are taken from the dataset's features. ValueError: nothing there, no network, no images, no classes.
+    """
+    if name == "digits":
+        return _describe(name, digits(), revision=None)
+    path = Path(name).expanduser()
+    local = path.is_dir() and name not in HUB_NAMES
+    hub_id = HUB_NAMES.get(name, name)
+    if not local:
+        if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) or hub_id.startswith("."):
+            raise ValueError(f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name, or a folder that exists")
+        online = prepare_hub()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        loaded = datasets.load_dataset(str(path.resolve()) if local else hub_id)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
+        detail = str(error.__cause__ or error).strip().splitlines()[0]
+        if local:
+            raise ValueError(f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files") from error
+        if not online:
+            raise ValueError(
+                f"dataset {hub_id} is not cached and the hub cannot be reached: check the network, or give a local folder with --dataset"
+            ) from error
+        raise ValueError(f"dataset {hub_id} could not be loaded from the hub: {detail}") from error
+    revision = None
+    for url in () if local else next(iter(loaded.values())).info.download_checksums or ():
+        revision = (re.findall(r"@([0-9a-f]{40})/", url) or [revision])[0]
+    return _describe(str(path.resolve()) if local else hub_id, loaded, revision)
+
+
+def _describe(name: str, loaded: datasets.DatasetDict, revision: str | None) -> Source:
+    splits = {_SPLIT_NAMES.get(split, split): data for split, data in loaded.items() if len(data)}
+    if not splits:
+        raise ValueError(f"{name} has no images")
+    features = next(iter(splits.values())).features
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not images:
+        raise ValueError(f"{name} has no column of images, only {', '.join(features)}")
+    if not labels:
+        raise ValueError(f"{name} has no class labels: an image folder needs one folder for each of two or more classes")
+    classes = features[labels[0]].names
+    if len(classes) < 2:
+        raise ValueError(f"{name} has only the class {classes[0]!r}: a classifier needs at least two")
+    return Source(name, revision, classes, splits, images[0], labels[0])
+
+
+def stratified(labels: torch.Tensor, n: int, *keys: int) -> torch.Tensor:
+    """n positions of `labels` (N,), sorted, drawn by the keys, each class by its share (largest remainders first)."""
+    counts = torch.bincount(labels)
+    quota = counts.double() * n / len(labels)
+    take = quota.floor().long()
+    by_remainder = torch.argsort(take - quota, stable=True)
+    take[by_remainder[: n - int(take.sum())]] += 1
+    shuffled = randomness.permutation(len(labels), *keys)
+    chosen = [shuffled[labels[shuffled] == c][: int(take[c])] for c in range(len(counts))]
+    return torch.cat(chosen).sort().values
+
+
+def divide(
+    source: Source, split: str, *, val_fraction: float, seed: int, limit_train: int | None = None, limit_eval: int | None = None
+) -> tuple[str, torch.Tensor]:
+    """Where a split's images are: the name of the dataset's own split and the rows in it, sorted.
+
+    Without a validation split of its own the dataset's train split is divided, stratified and seeded; the limits then take a
+    seeded, stratified subset. ValueError: the dataset has no such split, or a part is empty.
+    """
+    own = split
+    if split in source.splits:
+        rows = torch.arange(len(source.splits[split]))
+    elif split == "validation" and "train" in source.splits:
+        own, rows = "train", None
+    else:
+        raise ValueError(f"{source.name} has no split {split!r}, only {', '.join(source.splits)}")
+    labels = source.labels(own)
+    if own == "train" and "validation" not in source.splits:
+        chosen = stratified(labels, round(val_fraction * len(labels)), seed, randomness.SPLIT)
+        kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
+        rows = chosen if split == "validation" else kept
+    limit = limit_train if split == "train" else limit_eval
+    if limit is not None and limit < len(rows):
+        rows = rows[stratified(labels[rows], limit, seed, randomness.SUBSET)]
+    if not len(rows):
+        raise ValueError(f"split {split!r} of {source.name} is empty with --val-fraction {val_fraction}: it has {len(labels)} images")
+    return own, rows
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode, upright as its EXIF says, in 8-bit RGB; 16 bits are scaled to 8, transparency is dropped."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        image = Image.fromarray((pixels.clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def read_image(cell: dict, where: str) -> Image.Image:
+    """Decode one cell of an undecoded image column. ValueError: undecodable, naming the file, or `where` it stands."""
+    try:
+        if cell["bytes"] is None and cell["path"] is None:
+            raise ValueError("the image is missing")
+        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
+            return to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        path = cell["path"] or ""
+        name = path if Path(path).is_file() else f"{path} in {where}" if path else where
+        raise ValueError(f"cannot decode image {name}: {error or type(error).__name__}") from error
+
+
+def iterate_images(source: Source, split: str, rows: torch.Tensor, num_threads: int) -> Iterator[tuple[int, Image.Image]]:
+    """(row, RGB image) for each of `rows` in order, decoded by threads."""
+    raw = source.splits[split].cast_column(source.image_column, datasets.Image(decode=False))
+    raw = raw.select_columns([source.image_column])
+    with ThreadPoolExecutor(num_threads) as pool:
+        for start in range(0, len(rows), 256):
+            chunk = rows[start : start + 256].tolist()
+            cells = raw[chunk][source.image_column]
+            places = [f"row {row} of split {split} of {source.name}" for row in chunk]
+            yield from zip(chunk, pool.map(read_image, cells, places), strict=True)
+
+
+@dataclass
+class Images:
+    """Decoded images of one split. pixels: uint8 (N, 3, H, W), or a list of (3, H_i, W_i) where the sizes differ.
+
+    sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, the row of each in the dataset's split, by which its
+    augmentation is drawn.
+    """
+
+    pixels: torch.Tensor | list[torch.Tensor]
+    sizes: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""
+        sizes = self.sizes[positions]
+        if isinstance(self.pixels, torch.Tensor):
+            return self.pixels[positions], sizes
+        height, width = sizes.amax(dim=0).tolist()
+        out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
+        for canvas, position in zip(out, positions.tolist(), strict=True):
+            image = self.pixels[position]
+            canvas[:, : image.shape[1], : image.shape[2]] = image
+        return out, sizes
+
+    def fingerprint(self) -> str:
+        """SHA-256 of sizes, labels and pixels."""
+        digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
+        for image in self.pixels:
+            digest.update(image.numpy())
+        return digest.hexdigest()
+
+
+def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | None, num_threads: int, progress=None) -> Images:
+    """Decode `rows` of the dataset's own `split`, all of them before anything is computed.
+
+    Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that. progress(n) is called as
+    images come. ValueError: an image that cannot be decoded, by name.
+    """
+    keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
+    pixels = []
+    for _, image in iterate_images(source, split, rows, num_threads):
+        short = min(image.size)
+        if short > keep:
+            image = image.resize([max(1, round(side * keep / short)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
+        pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+        if progress:
+            progress(1)
+    sizes = torch.tensor([image.shape[1:] for image in pixels])
+    uniform = bool((sizes == sizes[0]).all())
+    return Images(torch.stack(pixels) if uniform else pixels, sizes, source.labels(split)[rows], rows, source.classes)
+
+
+@dataclass
+class Batch:
+    """One micro-batch. images (U, 3, H, W) uint8, sizes, labels, indices (U,); where mixing, own and partner (B,) point into them.
+
+    weights (B,) float32 is 1, or 0 for the image that a process runs when the global batch left it none.
+    """
+
+    images: torch.Tensor
+    sizes: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+    weights: torch.Tensor
+    own: torch.Tensor | None = None
+    partner: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+def shares(num_images: int, *, accumulation: int, rank: int, world_size: int) -> list[torch.Tensor]:
+    """The positions in a global batch that each of a rank's micro-batches takes; as many on every rank, some perhaps empty."""
+    largest = -(-num_images // world_size)
+    mine = torch.arange(num_images).tensor_split(world_size)[rank]
+    return list(mine.tensor_split(min(accumulation, largest)))
+
+
+def training_steps(
+    images: Images,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    mix: bool = False,
+) -> Iterator[list[Batch]]:
+    """The steps of an epoch, each the micro-batches of this rank's share of a global batch of `batch_size` images.
+
+    The order is a function of (seed, epoch), mixing partners of (seed, epoch, step) over the global batch. The last batch is as
+    short as it falls.
+    """
+    order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
+    for step, global_batch in enumerate(order.split(batch_size)):
+        partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step)
+        micro_batches = []
+        for share in shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size):
+            weights = torch.ones(len(share)) if len(share) else torch.zeros(1)
+            share = share if len(share) else torch.zeros(1, dtype=torch.int64)
+            positions, own, partner = global_batch[share], None, None
+            if mix:
+                both = torch.cat([positions, global_batch[partners[share]]])
+                positions, where = torch.unique(both, return_inverse=True)
+                own, partner = where.chunk(2)
+            pixels, sizes = images.gather(positions)
+            micro_batches.append(Batch(pixels, sizes, images.labels[positions], images.rows[positions], weights, own, partner))
+        yield micro_batches

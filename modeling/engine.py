@@ -1,0 +1,183 @@
+"""The numeric path: train_step and predict. accelerate owns precision and the synchronisation of gradients."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from modeling import metrics, randomness, transforms
+from modeling.data import Batch, Images
+from modeling.transforms import Preprocessing
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step does to a batch besides the model: augmentation, mixing, label smoothing, clipping (0 turns each off), the seed."""
+
+    preprocessing: Preprocessing
+    augment: str = "none"
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    clip_grad: float = 0.0
+    seed: int = 42
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """adam, adamw or sgd (momentum 0.9) over the parameters that train."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[Batch],
+    *,
+    epoch: int,
+    step: int,
+    lr: float,
+    num_images: int,
+    objective: Objective,
+) -> torch.Tensor:
+    """One update from this process's micro-batches of a global batch of `num_images`.
+
+    Losses are summed and divided by the images of the global batch, so that neither a short batch, nor accumulation, nor the
+    number of processes changes an image's weight. Gives (2,) float64 on the device: the sum of this process's losses, and how many
+    it had right. Gradients stay in place until the next step.
+    """
+    torch.manual_seed(randomness.seed(objective.seed, randomness.DROPOUT, step, accelerator.process_index))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    for number, batch in enumerate(micro_batches):
+        batch = batch.to(accelerator.device)
+        last = number == len(micro_batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
+            logits = model(x)
+            losses = sum(
+                weight * F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.label_smoothing)
+                for weight, labels in targets
+            )
+            loss_sum = (losses * batch.weights).sum()
+            accelerator.backward(loss_sum * (accelerator.num_processes / num_images))  # DDP averages over processes
+        labels = max(targets, key=lambda target: target[0])[1]
+        correct = ((logits.argmax(dim=1) == labels) * batch.weights).sum()
+        totals += torch.stack([loss_sum.detach(), correct])
+    if objective.clip_grad:
+        accelerator.clip_grad_norm_(model.parameters(), objective.clip_grad)
+    optimizer.step()
+    return totals
+
+
+def make_inputs(batch: Batch, *, epoch: int, step: int, objective: Objective) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
+    """The model's input (B, 3, S, S) float32, and the labels (B,) with their weights: one, or two where the batch mixes."""
+    x = transforms.augment(
+        batch.images,
+        batch.sizes,
+        objective.preprocessing,
+        name=objective.augment,
+        seed=objective.seed,
+        epoch=epoch,
+        indices=batch.indices,
+    )
+    if batch.own is None:
+        return x, [(1.0, batch.labels)]
+    keys = (objective.seed, randomness.MIX, step)
+    x, weight = transforms.mix(x, batch.own, batch.partner, mixup=objective.mixup, cutmix=objective.cutmix, keys=keys)
+    return x, [(weight, batch.labels[batch.own]), (1 - weight, batch.labels[batch.partner])]
+
+
+class Ema:
+    """An exponential moving average of weights and buffers (Polyak & Juditsky, 1992).
+
+    After update t it keeps min(decay, (1 + t) / (10 + t)) of itself, so that a short run does not average its start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        self.updates += 1
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value, 1 - keep)
+            else:
+                self.average[name].copy_(value)
+
+    @contextlib.contextmanager
+    def swapped_in(self, model: nn.Module):
+        """The model has the averaged weights inside this block, its own again after it."""
+        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            model.load_state_dict(own)
+
+
+@dataclass
+class Predictions:
+    """What a model says of N images: rows, labels and predicted (N,) int64, probabilities (N, C) and losses (N,) float32, on the CPU."""
+
+    rows: torch.Tensor
+    labels: torch.Tensor
+    predicted: torch.Tensor
+    probabilities: torch.Tensor
+    losses: torch.Tensor
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: Images,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> Predictions:
+    """Run the model in eval mode over all images, in order, and leave it in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    outputs = []
+    for positions in torch.arange(len(images)).split(batch_size):
+        pixels, sizes = images.gather(positions)
+        x = transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
+        outputs.append(model(x).float().cpu())
+        if progress:
+            progress(len(positions))
+    model.train(was_training)
+    logits = torch.cat(outputs)
+    losses = F.cross_entropy(logits, images.labels, reduction="none")
+    return Predictions(images.rows, images.labels, logits.argmax(dim=1), logits.softmax(dim=1), losses)
+
+
+def evaluate_model(
+    model: nn.Module,
+    images: Images,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Loss, accuracy, balanced accuracy, top-5 accuracy, macro and weighted F1 of a model on images."""
+    predictions = predict(model, images, preprocessing, batch_size=batch_size, device=device, progress=progress)
+    return metrics.compute(predictions)

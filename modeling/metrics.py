@@ -1,0 +1,74 @@
+"""Metrics as local `evaluate` modules over scikit-learn: no metric is fetched from the hub."""
+
+import tempfile
+
+import datasets
+import evaluate
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accuracy_score
+
+NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
+_PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+_PROBABILITIES = {"probabilities": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+
+
+class _Metric(evaluate.Metric):
+    """A metric whose name and meaning are its docstring's."""
+
+    inputs = _PREDICTIONS
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True, cache_dir=tempfile.gettempdir())
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=self.__doc__, citation="", features=datasets.Features(self.inputs))
+
+
+class Accuracy(_Metric):
+    """The share of images whose predicted class is the true one."""
+
+    def _compute(self, predictions, references):
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+class BalancedAccuracy(_Metric):
+    """The mean recall of the classes that occur: scikit-learn's balanced_accuracy_score."""
+
+    def _compute(self, predictions, references):
+        classes = np.unique(references)
+        recall = recall_score(references, predictions, labels=classes, average="macro", zero_division=0)
+        return {"balanced_accuracy": float(recall)}
+
+
+class Top5Accuracy(_Metric):
+    """The share of images whose true class is among the five most probable; 1 with five classes or fewer."""
+
+    inputs = _PROBABILITIES
+
+    def _compute(self, probabilities, references):
+        probabilities = np.asarray(probabilities)
+        num_classes = probabilities.shape[1]
+        if num_classes <= 5:
+            return {"top5_accuracy": 1.0}
+        return {"top5_accuracy": float(top_k_accuracy_score(references, probabilities, k=5, labels=np.arange(num_classes)))}
+
+
+class F1(_Metric):
+    """The mean F1 over the classes that are true or predicted: plain (macro), and by the number of images (weighted)."""
+
+    def _compute(self, predictions, references):
+        macro, weighted = (f1_score(references, predictions, average=a, zero_division=0) for a in ("macro", "weighted"))
+        return {"macro_f1": float(macro), "weighted_f1": float(weighted)}
+
+
+def compute(predictions) -> dict[str, float]:
+    """The metrics of NAMES for an `engine.Predictions`. Loss is the mean over images of the cross-entropy, in nats."""
+    combined = evaluate.combine([Accuracy(), BalancedAccuracy(), Top5Accuracy(), F1()])
+    combined.add_batch(
+        predictions=predictions.predicted.numpy(),
+        references=predictions.labels.numpy(),
+        probabilities=predictions.probabilities.numpy(),
+    )
+    scores = combined.compute()
+    scores["loss"] = float(predictions.losses.double().mean())
+    return {name: scores[name] for name in NAMES}

@@ -1,0 +1,90 @@
+"""build_model: from a name to a module, and what its input must look like."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modeling import pretrained, recipes
+from modeling.cnn import SimpleCNN
+from modeling.transforms import Preprocessing
+from modeling.vit import SimpleViT
+
+FROM_SCRATCH = {"cnn": SimpleCNN, "cnn_small": SimpleCNN, "vit_scratch": SimpleViT}
+PRETRAINED = {
+    "resnet18": functools.partial(pretrained.create_backbone, "resnet18"),
+    "vit": pretrained.ViTLinearProbe,
+    "deit": functools.partial(pretrained.create_backbone, "deit"),
+}
+MODELS = {**FROM_SCRATCH, **PRETRAINED}
+
+
+def check_model_name(name: str) -> str:
+    """The name. ValueError: unknown, with the choices."""
+    if name.startswith("timm/"):
+        pretrained.timm_name(name)
+    elif name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}, or timm/NAME for any other timm model")
+    return name
+
+
+def file_name(model: str) -> str:
+    """The model's name as file names have it: timm/NAME is timm_NAME."""
+    return model.replace("/", "_")
+
+
+def build_model(name: str, *, num_classes: int, image_size: int, weights: str = "none", **model_args: Any) -> nn.Module:
+    """A model: (B, 3, image_size, image_size) float32 -> logits (B, num_classes).
+
+    weights: "none" draws them from torch's generator; "default" takes the hub's for a pretrained backbone, and none for a model
+    from scratch; else the path of a safetensors file. model_args go to the constructor. ValueError: an unknown name, a size that
+    the model cannot take, weights that cannot be had or do not fit.
+    """
+    check_model_name(name)
+    constructor = MODELS.get(name) or functools.partial(pretrained.create_backbone, name)
+    model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
+    if weights == "default" and name not in FROM_SCRATCH:
+        pretrained.load_weights(model, pretrained.hub_weights(name))
+    elif weights not in ("default", "none"):
+        pretrained.load_weights(model, Path(weights))
+    return model
+
+
+def model_arguments(
+    name: str, recipe: recipes.Recipe, *, image_size: int, patch_size: int | None, head_dropout: float | None
+) -> dict[str, Any]:
+    """The constructor's arguments: the recipe's, then the flags. ValueError: a patch size for a model without patches."""
+    arguments = dict(recipe.model_args)
+    if name == "vit_scratch":
+        arguments["patch_size"] = patch_size or recipes.default_patch_size(image_size)
+    elif patch_size is not None:
+        raise ValueError(f"--patch-size is for vit_scratch; {name} has its own")
+    if head_dropout is not None:
+        arguments["head_dropout"] = head_dropout
+    return arguments
+
+
+def default_image_size(name: str) -> int | None:
+    """The size a pretrained backbone was trained at; None for a model from scratch, which takes the images' own."""
+    return None if name in FROM_SCRATCH else pretrained.pretrained_config(name).input_size[-1]
+
+
+def preprocessing(name: str, recipe: recipes.Recipe, image_size: int) -> Preprocessing:
+    """Resize, no crop, and the recipe's mean and std from scratch; what the weights' own timm config says for a backbone."""
+    if name in FROM_SCRATCH:
+        return Preprocessing(image_size=image_size, mean=recipe.mean, std=recipe.std)
+    config = pretrained.pretrained_config(name)
+    return Preprocessing(
+        image_size=image_size,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        crop_fraction=config.crop_pct,
+        interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and the trainable ones."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in counts), sum(n for n, trainable in counts if trainable)

@@ -1,0 +1,122 @@
+"""timm backbones: a new head, freezing, weights from the hub or a local file. timm: https://github.com/huggingface/pytorch-image-models."""
+
+import difflib
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from modeling.hub import prepare_hub
+
+
+def timm_name(model: str) -> str:
+    """timm's name of one of our models, or of timm/NAME. ValueError: timm has no such model."""
+    name = {"resnet18": "resnet18.tv_in1k", "vit": "vit_tiny_patch16_224", "deit": "deit_tiny_patch16_224"}.get(model)
+    name = name or model.removeprefix("timm/")
+    if not timm.is_model(name.split(".")[0]) or ("." in name and not timm.is_model_pretrained(name)):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f"timm has no model {name!r}" + (f": did you mean {', '.join(near)}?" if near else ""))
+    return name
+
+
+def pretrained_config(model: str):
+    """timm's record of a model's weights: input size, mean, std, crop fraction, interpolation, hub id."""
+    config = timm.get_pretrained_cfg(timm_name(model))
+    return config or timm.models.PretrainedCfg()
+
+
+def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropout: float = 0.0) -> nn.Module:
+    """A timm model with random weights and a head of `num_classes` (0: none, it gives features). ValueError: a size it cannot take."""
+    kwargs = {"img_size": image_size} if pretrained_config(model).fixed_input_size else {}
+    try:
+        return timm.create_model(timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"{model} cannot be built for image size {image_size}: {error}") from error
+
+
+class ViTLinearProbe(nn.Module):
+    """A frozen ViT-Tiny and a Linear on its 192 features: (B, 3, S, S) float -> logits (B, num_classes).
+
+    The backbone gets no gradient and stays in eval mode while the probe trains; only the head is for the optimizer. With 10
+    classes 1,930 of 5,526,346 parameters are trainable. head_dropout 0.1 is the notebook's variant.
+    """
+
+    def __init__(self, *, num_classes: int = 10, image_size: int = 224, head_dropout: float = 0.0):
+        super().__init__()
+        self.backbone = create_backbone("vit", num_classes=0, image_size=image_size)
+        self.backbone.requires_grad_(False)
+        self.dropout = nn.Dropout(head_dropout)
+        self.head = nn.Linear(self.backbone.num_features, num_classes)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViTLinearProbe":
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            features = self.backbone(x)  # (B, 192)
+        return self.head(self.dropout(features))  # (B, num_classes)
+
+
+def hub_weights(model: str) -> Path:
+    """The model's safetensors file from the hub or its cache. ValueError: no network and no copy, or no such file."""
+    config = pretrained_config(model)
+    ways_out = "give a local file with --weights FILE.safetensors, or start from random weights with --weights none"
+    if not config.hf_hub_id:
+        raise ValueError(f"timm has no hub weights for {model}: {ways_out}")
+    online = prepare_hub()
+    try:
+        return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, "model.safetensors"))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        why = "it has no such file" if online else "it cannot be reached"
+        raise ValueError(f"no weights for {model} from the hub ({config.hf_hub_id}): {why}; {ways_out}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. ValueError: missing, truncated, or something else, such as a pickle."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = "pickled checkpoints can run code and are not read" if path.suffix in (".pth", ".pt", ".bin") else str(error)
+        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
+
+
+def head_prefix(model: nn.Module) -> str:
+    """The name of the last Linear, whose shape follows the classes."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config and config.get("classifier"):
+        return config["classifier"]
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a local file of timm or of ours into `model`; a head of other classes is left as it is. ValueError: keys or shapes differ."""
+    state, _ = read_tensors(path)
+    head = head_prefix(model)
+    target = model.state_dict()
+    probe = isinstance(model, ViTLinearProbe)
+    if not (probe and any(key.startswith("backbone.") for key in state)):
+        backbone = model.backbone if probe else model
+        adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        state = adapt(state, backbone) if adapt else state  # timm's own: fits position embeddings to another image size
+        if probe:
+            state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("head.")}
+    for key in [k for k in target if k.startswith(head + ".")]:
+        if key not in state or state[key].shape != target[key].shape:
+            state[key] = target[key]
+    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
+    misshapen = sorted(k for k in target.keys() & state.keys() if target[k].shape != state[k].shape)
+    for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes of", misshapen)):
+        if keys:
+            raise ValueError(f"{path} does not fit the model: it {what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}")
+    model.load_state_dict(state)

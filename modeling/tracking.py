@@ -1,0 +1,50 @@
+"""What a run tells: TensorBoard events and metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+HISTOGRAM_SAMPLE = 1_000_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
+
+
+class Tracker:
+    """Writes to a run's folder; on all but the main process it writes nothing.
+
+    metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs write equal files.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool = True):
+        self.enabled = enabled
+        if enabled:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.writer = SummaryWriter(folder)
+            self.lines = (folder / "metrics.jsonl").open("w")
+
+    def record(self, kind: str, *, step: int, **values: float) -> None:
+        """A line of metrics.jsonl, and a TensorBoard scalar a value: the part after the first "_" groups the first's charts."""
+        if not self.enabled:
+            return
+        self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            split, _, metric = name.partition("_")
+            tag = f"{metric}/{split}" if split in ("train", "validation", "test") else name
+            self.writer.add_scalar(tag, value, step)
+
+    def histograms(self, model: nn.Module, step: int) -> None:
+        """Weights of all parameters, and the gradients that the last step left."""
+        if not self.enabled:
+            return
+        for name, parameter in model.named_parameters():
+            for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
+                if values is not None:
+                    values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)]
+                    self.writer.add_histogram(f"{kind}/{name}", values.float().cpu(), step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.enabled:
+            self.writer.close()
+            self.lines.close()

@@ -1,0 +1,354 @@
+"""Train an image classifier: arguments -> recipe -> data -> model -> prepare -> the loop -> final evaluation.
+
+    python train.py --model cnn --dataset digits --augment none               # one process, on what there is
+    accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model vit_scratch --dataset cifar10
+    accelerate launch --config_file accelerate_configs/gpu.yaml train.py --model vit --lr 0.01
+
+Writes checkpoints/{run}_best.safetensors and {run}_final.safetensors, and runs/{run}/ for TensorBoard, under --output-dir.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling import checkpoint, cli, data, models, randomness, recipes, tracking
+from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, predict, train_step
+from modeling.schedule import learning_rate
+from modeling.transforms import AUGMENT_SETS
+
+CHECK_EVERY = 20  # steps between looks at the flag that a loss was not finite: each look waits for the device
+SANITY_ACCURACY, SANITY_STEPS = 0.99, 2000
+BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    basic = parser.add_argument_group("the usual")
+    basic.add_argument("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
+    basic.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a local folder (default: stl10)")
+    basic.add_argument("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
+    basic.add_argument("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes (default: the recipe's)")
+    basic.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
+    basic.add_argument("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
+    basic.add_argument("--run-name", help="name of the run's files (default: the model's name)")
+    basic.add_argument("--seed", type=cli.number(int, low=0, high=2**31 - 1), default=42, help="(default: 42)")
+
+    group = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)")
+    group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned", help="our best, or the published one (default: tuned)")
+    group.add_argument("--max-steps", type=cli.POSITIVE_INT, help="train for this many updates, whatever --epochs says")
+    group.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
+    group.add_argument("--weight-decay", type=cli.NON_NEGATIVE, help="as the optimizer takes it")
+    group.add_argument("--warmup-epochs", type=cli.NON_NEGATIVE, help="epochs of linear warm-up of the learning rate")
+    group.add_argument("--augment", choices=AUGMENT_SETS, help="random changes of each training image")
+    group.add_argument("--label-smoothing", type=cli.number(low=0, high=1, open_high=True), help="share of the target spread over classes")
+    group.add_argument("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="mix pairs of images, weight from Beta(ALPHA, ALPHA)")
+    group.add_argument(
+        "--cutmix", type=cli.NON_NEGATIVE, metavar="ALPHA", help="paste a box of another image, area from Beta(ALPHA, ALPHA)"
+    )
+    group.add_argument("--clip-grad", type=cli.NON_NEGATIVE, metavar="NORM", help="largest norm of the gradient")
+    group.add_argument(
+        "--ema", type=cli.number(low=0, high=1, open_high=True), metavar="DECAY", help="average the weights; checkpoints hold the average"
+    )
+    group.add_argument(
+        "--gradient-accumulation-steps", type=cli.POSITIVE_INT, default=1, help="micro-batches a batch is cut into (default: 1)"
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--weights", default="default", help="default (the hub's, for a pretrained model), none, or a safetensors file")
+    group.add_argument("--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: the pretrained model's, else the images' own)")
+    group.add_argument("--patch-size", type=cli.POSITIVE_INT, help="vit_scratch's, in pixels (default: 4 up to 64 pixels, 8, 16 from 128)")
+    group.add_argument(
+        "--head-dropout", type=cli.number(low=0, high=1, open_high=True), help="dropout before the last layer (default: the model's)"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--val-fraction", type=cli.FRACTION, help="share of train for validation, where the dataset has none (default: stl10 0.2, else 0.1)"
+    )
+    group.add_argument("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
+    group.add_argument("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on stratified subsets of N images")
+
+    group = parser.add_argument_group("selection and checks")
+    group.add_argument(
+        "--best-metric", choices=tuple(BEST_METRICS), default="accuracy", help="what chooses the best epoch (default: accuracy)"
+    )
+    group.add_argument("--early-stop", type=cli.POSITIVE_INT, metavar="EPOCHS", help="stop after so many epochs without a better one")
+    group.add_argument("--sanity-check", action="store_true", help="only see whether the model can overfit a few batches; writes nothing")
+    group.add_argument("--num-batches", type=cli.POSITIVE_INT, default=5, help="batches that --sanity-check overfits (default: 5)")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms; an operator without one is an error")
+    cli.add_hardware_group(parser)
+    return parser
+
+
+def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
+    """Fill the flags that the user did not give from the recipe."""
+    for field in fields(recipe):
+        if getattr(args, field.name, 0) is None:
+            setattr(args, field.name, getattr(recipe, field.name))
+
+
+def default_val_fraction(dataset: str) -> float:
+    return 0.2 if dataset in ("stl10", data.HUB_NAMES["stl10"]) else 0.1
+
+
+def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
+    """The pretrained model's own size, else the images' (224 at most, and where they differ in shape), 224 for reference on STL-10."""
+    if args.recipe == "reference" and args.dataset in ("stl10", data.HUB_NAMES["stl10"]):
+        return 224
+    side = int(images.sizes[0, 0])
+    own_size = min(side, 224) if bool((images.sizes == side).all()) else 224
+    return models.default_image_size(args.model) or own_size
+
+
+def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.Images]]:
+    """Decode every image that the run will use."""
+    source = data.load_source(args.dataset)
+    args.val_fraction = args.val_fraction or default_val_fraction(args.dataset)
+    limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
+    wanted = ["train"] if args.sanity_check else ["train", "validation", *(["test"] if "test" in source.splits else [])]
+    rows = {split: data.divide(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits) for split in wanted}
+    if args.sanity_check:
+        own, train_rows = rows["train"]
+        count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
+        chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
+        rows["train"] = own, train_rows[chosen]
+    with cli.Progress(sum(len(r) for _, r in rows.values()), "decoding") as progress:
+        images = {
+            split: data.decode(source, own, r, image_size=args.image_size, num_threads=args.num_workers, progress=progress.update)
+            for split, (own, r) in rows.items()
+        }
+    return source, images
+
+
+def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Images], model: torch.nn.Module, total_steps: int) -> str:
+    """What a person wants to see before a long run starts."""
+    total, trainable = models.count_parameters(model)
+    counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
+    micro = math.ceil(args.batch_size / args.gradient_accumulation_steps / accelerator.num_processes)
+    return "\n".join(
+        [
+            f"model      {args.model}, {args.image_size} px, weights {args.weights}: {total:,} parameters, {trainable:,} trainable",
+            f"data       {args.dataset}: {counts}; augment {args.augment}",
+            f"batch      {args.batch_size} = {accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated x {micro}",
+            f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
+            f"length     {args.epochs} epochs, {total_steps:,} steps",
+            f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
+        ]
+    )
+
+
+def run_training(args: argparse.Namespace) -> dict[str, Any]:
+    # ---- arguments, recipe, data -----------------------------------------------------------------------------------------------
+    models.check_model_name(args.model)
+    if args.weights not in ("default", "none") and not Path(args.weights).is_file():
+        raise ValueError(f"--weights {args.weights}: no such file; give default, none, or a safetensors file")
+    run = args.run_name = args.run_name or models.file_name(args.model)
+    if Path(run).name != run or run.startswith("."):
+        raise ValueError(f"--run-name {run!r} must be a plain file name")
+    accelerator = cli.make_accelerator(args)
+    if not args.sanity_check:
+        cli.check_output_dir(args.output_dir)
+    source, images = load_images(args)
+    args.image_size = args.image_size or choose_image_size(args, images["train"])
+    recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
+    args.schedule = recipe.schedule
+    resolve(args, recipe)
+
+    # ---- model and optimizer ---------------------------------------------------------------------------------------------------
+    if args.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(args.deterministic)
+    model_args = models.model_arguments(
+        args.model, recipe, image_size=args.image_size, patch_size=args.patch_size, head_dropout=args.head_dropout
+    )
+    model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": args.image_size}
+    torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
+    raw_model = models.build_model(**model_args, weights=args.weights)
+    optimizer = build_optimizer(args.optimizer, raw_model, lr=args.lr, weight_decay=args.weight_decay)
+    objective = Objective(
+        preprocessing=models.preprocessing(args.model, recipe, args.image_size),
+        augment=args.augment,
+        label_smoothing=args.label_smoothing,
+        mixup=args.mixup,
+        cutmix=args.cutmix,
+        clip_grad=args.clip_grad,
+        seed=args.seed,
+    )
+
+    # ---- prepare, once ---------------------------------------------------------------------------------------------------------
+    model, optimizer = accelerator.prepare(raw_model, optimizer)
+    if args.compile:
+        model = torch.compile(model)
+    if args.sanity_check:
+        return sanity_check(args, accelerator, model, optimizer, images["train"], objective)
+    ema = Ema(raw_model, args.ema) if args.ema else None
+
+    steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
+    total_steps = args.max_steps or args.epochs * steps_per_epoch
+    args.epochs = math.ceil(total_steps / steps_per_epoch)
+    print(describe(args, accelerator, images, raw_model, total_steps), flush=True)
+
+    header = {
+        "model": model_args,
+        "classes": source.classes,
+        "preprocessing": checkpoint.preprocessing_to(objective.preprocessing),
+        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in ("output_dir", "num_workers")}
+        | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
+        "dataset": {"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
+        "versions": checkpoint.versions(),
+        "git_commit": checkpoint.git_commit(),
+    }
+    moved = checkpoint.move_aside(args.output_dir, run)
+    if moved:
+        print(f"The files of an older run {run!r} are now in {moved}")
+    tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process)
+    paths = {kind: args.output_dir / "checkpoints" / f"{run}_{kind}.safetensors" for kind in ("best", "final")}
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------------
+    step, best, best_epoch, started = 0, None, 0, time.monotonic()
+    first_bad = torch.tensor(-1, device=accelerator.device)
+    better = BEST_METRICS[args.best_metric]
+    progress = cli.Progress(total_steps * args.batch_size, f"epoch 1/{args.epochs}")
+    for epoch in range(args.epochs):
+        model.train()
+        progress.describe(f"epoch {epoch + 1}/{args.epochs}")
+        totals, num_seen = torch.zeros(2, dtype=torch.float64, device=accelerator.device), 0
+        steps = data.training_steps(
+            images["train"],
+            seed=args.seed,
+            epoch=epoch,
+            batch_size=args.batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            mix=objective.mixes,
+        )
+        for micro_batches in steps:
+            num_images = min(args.batch_size, len(images["train"]) - num_seen)
+            lr = learning_rate(
+                step,
+                base=args.lr,
+                total_steps=total_steps,
+                warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+                schedule=args.schedule,
+            )
+            step_totals = train_step(
+                accelerator, model, optimizer, micro_batches, epoch=epoch, step=step, lr=lr, num_images=num_images, objective=objective
+            )
+            totals += step_totals
+            first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), step, first_bad)
+            if ema:
+                ema.update(raw_model)
+            step, num_seen = step + 1, num_seen + num_images
+            progress.update(num_images)
+            if step % CHECK_EVERY == 0:  # all ranks
+                stop_if_bad(first_bad)
+            if step == total_steps:
+                break
+
+        # once an epoch, all ranks
+        stop_if_bad(first_bad)
+        record = {"train_loss": float(totals[0]) / num_seen, "train_accuracy": float(totals[1]) / num_seen, "learning_rate": lr}
+        tracker.histograms(raw_model, step)
+        with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
+            scores = evaluate_model(model, images["validation"], objective.preprocessing, device=accelerator.device)
+            record |= {f"validation_{name}": value for name, value in scores.items()}
+            header |= {"epoch": epoch + 1, "step": step, "metrics": scores}
+            clock = {"train_seconds": time.monotonic() - started}
+            is_best = best is None or better(scores[args.best_metric], best) != best
+            last = step == total_steps or (args.early_stop and not is_best and epoch + 1 - best_epoch >= args.early_stop)
+            if is_best:
+                best, best_epoch = scores[args.best_metric], epoch + 1
+                checkpoint.save_checkpoint(paths["best"], raw_model.state_dict(), header, clock)
+            if last:
+                checkpoint.save_checkpoint(paths["final"], raw_model.state_dict(), header, clock)
+        tracker.record("epoch", step=step, epoch=epoch + 1, **record)
+        progress.say(
+            f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  train loss {record['train_loss']:.4f} acc "
+            f"{record['train_accuracy']:.4f}  validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
+        )
+        if last:
+            break
+    progress.__exit__()
+
+    # ---- final evaluation: the best epoch, once, on test -----------------------------------------------------------------------
+    result = {"run": run, "best_epoch": best_epoch, "steps": step, **{f"{kind}_checkpoint": str(path) for kind, path in paths.items()}}
+    result["validation"] = checkpoint.read_header(paths["best"])["metrics"]
+    if "test" in images:
+        best_model, _ = checkpoint.load_model(paths["best"])
+        best_model = accelerator.prepare(best_model)
+        result["test"] = evaluate_model(best_model, images["test"], objective.preprocessing, device=accelerator.device)
+        tracker.record("test", step=step, epoch=best_epoch, **{f"test_{name}": value for name, value in result["test"].items()})
+    tracker.close()
+    seconds = time.monotonic() - started
+    print(f"Trained {step:,} steps in {seconds:.0f} s. Best epoch {best_epoch}: validation {args.best_metric} {best:.4f}", flush=True)
+    for split in ("test",) if "test" in result else ():
+        print(f"{split} accuracy {result[split]['accuracy']:.4f}, macro F1 {result[split]['macro_f1']:.4f} ({len(images[split]):,} images)")
+    print(f"Checkpoints {paths['best']} and {paths['final']}; curves: tensorboard --logdir {args.output_dir / 'runs'}")
+    return result
+
+
+def stop_if_bad(first_bad: torch.Tensor) -> None:
+    if first_bad >= 0:
+        raise FloatingPointError(f"the loss was not finite at step {int(first_bad)}: use a lower --lr, --warmup-epochs or --clip-grad 1")
+
+
+def sanity_check(args, accelerator, model, optimizer, images: data.Images, objective: Objective) -> dict[str, Any]:
+    """Overfit the first batches, without augmentation, until 99 % are right in eval mode."""
+    objective = Objective(preprocessing=objective.preprocessing, clip_grad=objective.clip_grad, seed=objective.seed)
+    limit, step, epoch, accuracy = args.max_steps or SANITY_STEPS, 0, 0, 0.0
+    print(f"Sanity check: {args.model} on {len(images)} images in batches of {args.batch_size}, at most {limit} steps")
+    with cli.Progress(limit, "sanity check", unit=" steps") as progress:
+        while step < limit and accuracy < SANITY_ACCURACY:
+            model.train()
+            for micro_batches in data.training_steps(images, seed=args.seed, epoch=epoch, batch_size=args.batch_size):
+                num_images = sum(len(batch.weights) for batch in micro_batches)
+                train_step(
+                    accelerator,
+                    model,
+                    optimizer,
+                    micro_batches,
+                    epoch=epoch,
+                    step=step,
+                    lr=args.lr,
+                    num_images=num_images,
+                    objective=objective,
+                )
+                step += 1
+                progress.update(1)
+            epoch += 1
+            predictions = predict(model, images, objective.preprocessing, batch_size=args.batch_size, device=accelerator.device)
+            accuracy = (predictions.predicted == images.labels).float().mean().item()
+            progress.describe(f"sanity check, accuracy {accuracy:.3f}")
+    passed = accuracy >= SANITY_ACCURACY
+    loss = predictions.losses.mean().item()
+    print(f"Sanity check {'passed' if passed else 'FAILED'}: training accuracy {accuracy:.4f}, loss {loss:.4f} after {step} steps")
+    return {"passed": passed, "accuracy": accuracy, "loss": loss, "steps": step}
+
+
+def train_model(**options: Any) -> dict[str, Any]:
+    """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2). Options are the flags, with underscores.
+
+    Gives run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and, where there is one, test;
+    with sanity_check=True passed, accuracy, loss, steps. ValueError: what the command would refuse.
+    """
+    return run_training(build_parser().parse_options(options))
+
+
+def main(argv: list[str] | None = None) -> int:
+    result = run_training(build_parser().parse_args(argv))
+    return 0 if result.get("passed", True) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
