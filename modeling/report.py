@@ -1,0 +1,175 @@
+"""Tables, reports and plots: what evaluate.py and profile.py write for people."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
+
+from modeling.checkpoint import atomic_write, write_text
+from modeling.engine import Predictions
+from modeling.metrics import NAMES
+
+CSV_COLUMNS = ("checkpoint", "model", "dataset", "split", "num_samples", *NAMES, "parameters", "trainable_parameters")
+_NUMBERED_CELLS = 30  # a confusion matrix of more classes shows colours alone
+
+
+@dataclass
+class Evaluated:
+    """One checkpoint after evaluation: the name its files get, its row of metrics.csv, its predictions, its classes."""
+
+    name: str
+    row: dict[str, Any]
+    predictions: Predictions
+    classes: list[str]
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows of values as aligned text, numbers to the right; floats as they were formatted or with 4 decimals."""
+    columns = list(columns or rows[0])
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
+    numeric = [all(isinstance(row.get(column), int | float) for row in rows) for column in columns]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    justify = [str.rjust if right else str.ljust for right in numeric]
+    return "\n".join("  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    """CSV with a header line."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a row per (checkpoint, dataset, split); rows of other evaluations stay. ValueError: the file there is something else."""
+    old: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            old = list(reader)
+        if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+            raise ValueError(f"{path} is not a metrics.csv of this program: move it away")
+
+    def key(row: dict[str, Any]) -> tuple:
+        return tuple(str(row[column]) for column in ("checkpoint", "dataset", "split"))
+
+    merged = {key(row): row for row in [*old, *rows]}
+    write_text(path, csv_text(list(merged.values()), CSV_COLUMNS))
+
+
+def present_classes(one: Evaluated) -> list[int]:
+    """The classes that are true or predicted, as the F1 scores of metrics.csv count them."""
+    return np.union1d(one.predictions.labels, one.predictions.predicted).tolist()
+
+
+def report_text(one: Evaluated) -> str:
+    """scikit-learn's classification report: precision, recall, F1 and support of every class, and their averages."""
+    numbers = present_classes(one)
+    labels = [one.classes[n] for n in numbers]
+    return classification_report(
+        one.predictions.labels, one.predictions.predicted, labels=numbers, target_names=labels, digits=4, zero_division=0
+    )
+
+
+def write_evaluation(folder: Path, one: Evaluated) -> None:
+    """confusion_matrix_{name}.png, classification_report_{name}.txt and predictions_{name}.csv."""
+    heading = f"{one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}, {one.row['num_samples']:,} images"
+    write_text(folder / f"classification_report_{one.name}.txt", f"{heading}\n\n{report_text(one)}")
+    p = one.predictions
+    columns = ["index", "true", "predicted", *one.classes]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    for row, true, predicted, probabilities in zip(
+        p.rows.tolist(), p.labels.tolist(), p.predicted.tolist(), p.probabilities.tolist(), strict=True
+    ):
+        writer.writerow([row, one.classes[true], one.classes[predicted], *(f"{value:.6g}" for value in probabilities)])
+    write_text(folder / f"predictions_{one.name}.csv", out.getvalue())
+    plot_confusion_matrix(folder / f"confusion_matrix_{one.name}.png", one)
+
+
+def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
+    """A PNG: rows are true classes, columns predicted ones; colour is the share of the row, cells hold counts."""
+    count = len(one.classes)
+    matrix = confusion_matrix(one.predictions.labels, one.predictions.predicted, labels=range(count))
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    longest = max(map(len, one.classes))
+    side = min(40.0, 3.0 + 0.5 * count + 0.06 * min(longest, 30))
+    figure = Figure(figsize=(side + 1.0, side), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
+    names = [name if len(name) <= 30 else name[:29] + "…" for name in one.classes]
+    size = 10 if count <= _NUMBERED_CELLS else max(3, 10 * _NUMBERED_CELLS / count)
+    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False)
+    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"{one.name}: accuracy {one.row['accuracy']:.4f} on {one.row['num_samples']:,} images", parse_math=False)
+    if count <= _NUMBERED_CELLS:
+        for (i, j), value in np.ndenumerate(matrix):
+            if value:
+                axes.text(j, i, f"{value}", ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def compare_models(rows: Sequence[dict[str, Any]]) -> str:
+    """A table of models, the best first: rows of metrics (by accuracy) or of profiles (by images per second)."""
+    key = "accuracy" if "accuracy" in rows[0] else "images_per_second"
+    return table(sorted(rows, key=lambda row: -row[key]))
+
+
+def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
+    """model_comparison.txt: metrics side by side, differences to the best, F1 of every class, a report for each."""
+    columns = ("model", "num_samples", *NAMES, "parameters", "trainable_parameters")
+    ranked = sorted(evaluated, key=lambda one: -one.row["accuracy"])
+    rows = [{"name": one.name, **{column: one.row[column] for column in columns}} for one in ranked]
+    parts = ["Models, the most accurate first", compare_models(rows)]
+    if len(ranked) > 1:
+        best = rows[0]
+        measures = [name for name in NAMES]
+        parts += [f"Differences from {best['name']}", table([_difference(row, best, measures) for row in rows[1:]])]
+        parts += ["F1 of each class", table(_f1_rows(ranked))]
+    where = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
+    if len(where) > 1:
+        parts.insert(0, "These models were evaluated on different images: their differences mean little.")
+    for one in ranked:
+        parts += [f"{one.name}: {one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}", report_text(one).rstrip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _difference(row: dict[str, Any], best: dict[str, Any], measures: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": row["name"],
+        **{name: row[name] - best[name] for name in measures},
+        "parameters": row["parameters"] - best["parameters"],
+    }
+
+
+def _f1_rows(ranked: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    scores: dict[str, dict[str, float]] = {}
+    for one in ranked:
+        numbers = present_classes(one)
+        f1 = precision_recall_fscore_support(one.predictions.labels, one.predictions.predicted, labels=numbers, zero_division=0)[2]
+        for number, value in zip(numbers, f1, strict=True):
+            scores.setdefault(one.classes[number], {})[one.name] = float(value)
+    return [{"class": name, **values} for name, values in scores.items()]
