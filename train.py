@@ -101,12 +101,10 @@ def default_val_fraction(dataset: str) -> float:
 
 
 def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
-    """The pretrained model's own size, else the images' (224 at most, and where they differ in shape), 224 for reference on STL-10."""
+    """The pretrained model's own size, else the images'; 224 for the reference recipes on STL-10."""
     if args.recipe == "reference" and args.dataset in ("stl10", data.HUB_NAMES["stl10"]):
         return 224
-    side = int(images.sizes[0, 0])
-    own_size = min(side, 224) if bool((images.sizes == side).all()) else 224
-    return models.default_image_size(args.model) or own_size
+    return models.default_image_size(args.model) or data.own_size(images)
 
 
 def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.Images]]:
@@ -138,7 +136,7 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
         [
             f"model      {args.model}, {args.image_size} px, weights {args.weights}: {total:,} parameters, {trainable:,} trainable",
             f"data       {args.dataset}: {counts}; augment {args.augment}",
-            f"batch      {args.batch_size} = {accelerator.num_processes} processes x {args.gradient_accumulation_steps} accumulated x {micro}",
+            f"batch      {args.batch_size} = {accelerator.num_processes} process x {args.gradient_accumulation_steps} accumulated x {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
             f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
@@ -274,8 +272,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 checkpoint.save_checkpoint(paths["final"], raw_model.state_dict(), header, clock)
         tracker.record("epoch", step=step, epoch=epoch + 1, **record)
         progress.say(
-            f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  train loss {record['train_loss']:.4f} acc "
-            f"{record['train_accuracy']:.4f}  validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
+            f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  train {record['train_loss']:.4f}, "
+            f"{record['train_accuracy']:.4f}  validation {scores['loss']:.4f}, {scores['accuracy']:.4f}{'  best' if is_best else ''}"
         )
         if last:
             break

@@ -250,6 +250,12 @@ def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | 
     return Images(torch.stack(pixels) if uniform else pixels, sizes, source.labels(split)[rows], rows, source.classes)
 
 
+def own_size(images: Images) -> int:
+    """The side that images have by themselves, in pixels: 224 at most, and where they are not all one square."""
+    side = int(images.sizes[0, 0])
+    return min(side, 224) if bool((images.sizes == side).all()) else 224
+
+
 @dataclass
 class Batch:
     """One micro-batch. images (U, 3, H, W) uint8, sizes, labels, indices (U,); where mixing, own and partner (B,) point into them.

@@ -3,9 +3,10 @@
 import tempfile
 
 import datasets
-import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accuracy_score
+
+import evaluate
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
 _PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}

@@ -146,8 +146,7 @@ def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     parts = ["Models, the most accurate first", compare_models(rows)]
     if len(ranked) > 1:
         best = rows[0]
-        measures = [name for name in NAMES]
-        parts += [f"Differences from {best['name']}", table([_difference(row, best, measures) for row in rows[1:]])]
+        parts += [f"Differences from {best['name']}", table([_difference(row, best) for row in rows[1:]])]
         parts += ["F1 of each class", table(_f1_rows(ranked))]
     where = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
     if len(where) > 1:
@@ -157,10 +156,10 @@ def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _difference(row: dict[str, Any], best: dict[str, Any], measures: Sequence[str]) -> dict[str, Any]:
+def _difference(row: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": row["name"],
-        **{name: row[name] - best[name] for name in measures},
+        **{name: row[name] - best[name] for name in NAMES},
         "parameters": row["parameters"] - best["parameters"],
     }
 

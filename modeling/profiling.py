@@ -1,0 +1,169 @@
+"""Times and traces the training step that train.py runs."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler logs its every start and stop
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling import data
+from modeling.checkpoint import atomic_write, write_text
+from modeling.engine import Objective, build_optimizer, make_inputs, train_step
+from modeling.models import count_parameters, file_name
+
+WARMUP_STEPS = 3
+TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
+DATA_STEPS = 10
+
+COLUMNS = (
+    "model",
+    "image_size",
+    "batch_size",
+    "parameters",
+    "trainable_parameters",
+    "forward_gflops",
+    "step_ms_median",
+    "step_ms_p95",
+    "images_per_second",
+    "peak_memory_mb",
+    "data_share",
+)
+
+
+def forward_flops(model: nn.Module, image_size: int) -> int:
+    """Floating-point operations of the forward pass of one image, two for each multiply-add."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    # The fused attention kernel counts as 0 on a CPU: the plain one does the same arithmetic.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
+def full_steps(images: data.Images, *, seed: int, batch_size: int) -> Iterator[tuple[int, int, list[data.Batch]]]:
+    """(step, epoch, micro-batches) without end, only batches of `batch_size`."""
+    step = epoch = 0
+    while True:
+        for micro_batches in data.training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size):
+            if len(micro_batches[0].weights) == batch_size:
+                yield step, epoch, micro_batches
+                step += 1
+        epoch += 1
+
+
+def profile_model(
+    name: str,
+    model: nn.Module,
+    images: data.Images,
+    objective: Objective,
+    *,
+    accelerator: Accelerator,
+    optimizer: str = "adam",
+    lr: float = 1e-3,
+    batch_size: int = 32,
+    num_steps: int = 100,
+    output_dir: Path | None = None,
+    progress: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Warm up, time `num_steps` training steps without a profiler, then trace a few with one.
+
+    Gives a row of COLUMNS: GFLOPs of one image's forward pass; step times in ms, from the images in memory to the updated weights;
+    peak memory in MB (10**6 bytes) of all tensors, the images apart: weights, gradients, optimizer, activations; and the share of
+    the step that goes by until the batch is gathered, on the device, augmented and normalised, and the model can start.
+    With output_dir, writes profiler_trace_{name}.json, for Perfetto or chrome://tracing, and the operator table
+    profiler_stats_{name}.txt. ValueError: fewer images than a batch.
+    """
+    if len(images) < batch_size:
+        raise ValueError(f"--batch-size {batch_size} is more than the {len(images)} training images: use a smaller one")
+    device = accelerator.device
+    raw_model, size = model, objective.preprocessing.image_size
+    total, trainable = count_parameters(raw_model)
+    model, optim = accelerator.prepare(raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=0.0))
+    model.train()
+    steps = full_steps(images, seed=objective.seed, batch_size=batch_size)
+
+    def training_step() -> None:
+        step, epoch, micro_batches = next(steps)
+        train_step(accelerator, model, optim, micro_batches, epoch=epoch, step=step, lr=lr, num_images=batch_size, objective=objective)
+        progress(1)
+
+    def data_step() -> None:
+        step, epoch, micro_batches = next(steps)
+        make_inputs(micro_batches[0].to(device), epoch=epoch, step=step, objective=objective)
+
+    for _ in range(WARMUP_STEPS):
+        training_step()
+    step_seconds = [_seconds(training_step, device) for _ in range(num_steps)]
+    data_seconds = [_seconds(data_step, device) for _ in range(DATA_STEPS)]
+    median = statistics.median(step_seconds)
+    peak_bytes = _trace(file_name(name), training_step, raw_model, optim, device, output_dir)
+    return {
+        "model": name,
+        "image_size": size,
+        "batch_size": batch_size,
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "forward_gflops": forward_flops(raw_model, size) / 1e9,
+        "step_ms_median": median * 1e3,
+        "step_ms_p95": sorted(step_seconds)[max(0, -(-95 * num_steps // 100) - 1)] * 1e3,  # the nearest rank
+        "images_per_second": batch_size / median,
+        "peak_memory_mb": peak_bytes / 1e6,
+        "data_share": min(1.0, statistics.median(data_seconds) / median),
+    }
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _trace(
+    name: str, training_step: Callable[[], None], model: nn.Module, optimizer: Any, device: torch.device, folder: Path | None
+) -> int:
+    """Trace TRACED_STEPS steps, write what the profiler saw, and give the peak memory in bytes."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    with profile(activities=activities, profile_memory=True) as profiler:
+        for _ in range(TRACED_STEPS):
+            training_step()
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes(model, optimizer) + _peak_of_trace(profiler)
+    if folder:
+        with atomic_write(folder / f"profiler_trace_{name}.json") as file:
+            profiler.export_chrome_trace(file.name)
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        operators = profiler.key_averages().table(sort_by=order, row_limit=40)
+        write_text(folder / f"profiler_stats_{name}.txt", f"{name}: operators of {TRACED_STEPS} training steps\n\n{operators}\n")
+    return peak
+
+
+def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
+    """Bytes of the tensors that live through a step: weights, buffers and the optimizer's state."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers(), *states])
+
+
+def _peak_of_trace(profiler: profile) -> int:
+    """The most bytes that were allocated at once within the trace; a step frees the gradients from before it first of all."""
+    live = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
