@@ -136,7 +136,7 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
         [
             f"model      {args.model}, {args.image_size} px, weights {args.weights}: {total:,} parameters, {trainable:,} trainable",
             f"data       {args.dataset}: {counts}; augment {args.augment}",
-            f"batch      {args.batch_size} = {accelerator.num_processes} process x {args.gradient_accumulation_steps} accumulated x {micro}",
+            f"batch      {args.batch_size} = {accelerator.num_processes} x {args.gradient_accumulation_steps} accumulated x {micro} images",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
             f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
