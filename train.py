@@ -39,7 +39,7 @@ def build_parser() -> cli.Parser:
     basic.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     basic.add_argument("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     basic.add_argument("--run-name", help="name of the run's files (default: the model's name)")
-    basic.add_argument("--seed", type=cli.number(int, low=0, high=2**31 - 1), default=42, help="(default: 42)")
+    basic.add_argument("--seed", type=cli.SEED, default=42, help="(default: 42)")
 
     group = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)")
     group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned", help="our best, or the published one (default: tuned)")
@@ -96,13 +96,9 @@ def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
             setattr(args, field.name, getattr(recipe, field.name))
 
 
-def default_val_fraction(dataset: str) -> float:
-    return 0.2 if dataset in ("stl10", data.HUB_NAMES["stl10"]) else 0.1
-
-
 def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
     """The pretrained model's own size, else the images'; 224 for the reference recipes on STL-10."""
-    if args.recipe == "reference" and args.dataset in ("stl10", data.HUB_NAMES["stl10"]):
+    if args.recipe == "reference" and data.is_stl10(args.dataset):
         return 224
     return models.default_image_size(args.model) or data.own_size(images)
 
@@ -110,7 +106,7 @@ def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
 def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.Images]]:
     """Decode every image that the run will use."""
     source = data.load_source(args.dataset)
-    args.val_fraction = args.val_fraction or default_val_fraction(args.dataset)
+    args.val_fraction = args.val_fraction or data.default_val_fraction(args.dataset)
     limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
     wanted = ["train"] if args.sanity_check else ["train", "validation", *(["test"] if "test" in source.splits else [])]
     rows = {split: data.divide(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits) for split in wanted}

@@ -64,6 +64,7 @@ def number(kind: type = float, *, low: float = -math.inf, high: float = math.inf
 POSITIVE_INT = number(int, low=1)
 POSITIVE = number(low=0, open_low=True)
 NON_NEGATIVE = number(low=0)
+SEED = number(int, low=0, high=2**31 - 1)
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
 
 

@@ -27,6 +27,15 @@ _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation",
 KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
 
 
+def is_stl10(dataset: str) -> bool:
+    return dataset in ("stl10", HUB_NAMES["stl10"])
+
+
+def default_val_fraction(dataset: str) -> float:
+    """The share of train that becomes validation where a dataset has none: 0.2 on STL-10, else 0.1."""
+    return 0.2 if is_stl10(dataset) else 0.1
+
+
 @dataclass
 class Source:
     """A dataset before decoding: its splits as `datasets` has them, its classes and columns, and the hub commit it came from."""

@@ -30,23 +30,39 @@ class Evaluated:
     classes: list[str]
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Rows of values as aligned text, numbers to the right; floats as they were formatted or with 4 decimals."""
-    columns = list(columns or rows[0])
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(line[i]) for line in [columns, *cells]) for i in range(len(columns))]
-    numeric = [all(isinstance(row.get(column), int | float) for row in rows) for column in columns]
-    lines = [columns, ["-" * width for width in widths], *cells]
-    justify = [str.rjust if right else str.ljust for right in numeric]
+# How columns look in a table: heading and decimals. Others keep their name, and floats have four.
+_STYLE = {
+    "num_samples": ("images", 0),
+    "balanced_accuracy": ("balanced", 4),
+    "top5_accuracy": ("top5", 4),
+    "parameters": ("parameters", 0),
+    "trainable_parameters": ("trainable", 0),
+    "image_size": ("px", 0),
+    "batch_size": ("batch", 0),
+    "forward_gflops": ("GFLOPs", 3),
+    "step_ms_median": ("median ms", 1),
+    "step_ms_p95": ("p95 ms", 1),
+    "images_per_second": ("images/s", 1),
+    "peak_memory_mb": ("peak MB", 1),
+    "data_share": ("data share", 3),
+}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of values as aligned text, numbers to the right."""
+    columns = list(rows[0])
+    cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
+    headings = [_STYLE.get(column, (column, 4))[0] for column in columns]
+    widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(columns))]
+    justify = [str.rjust if isinstance(rows[0][column], int | float) else str.ljust for column in columns]
+    lines = [headings, ["-" * width for width in widths], *cells]
     return "\n".join("  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
+def _cell(column: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 100 else f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,.{_STYLE.get(column, (column, 4))[1]}f}"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
 def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:

@@ -1,0 +1,170 @@
+"""Export a dataset as an ImageFolder: train/<class>/*.png, val/..., and test/... where it has one, with a manifest.
+
+    python export_data.py --dataset stl10 --output-dir data
+    python export_data.py --verify --output-dir data
+    python train.py --model cnn --dataset data
+
+PNG keeps the pixels as they are. manifest.json has the counts and each file's SHA-256; an export that was stopped is finished by
+the same command.
+"""
+
+import hashlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+from modeling import cli, data
+from modeling.checkpoint import write_text
+
+FOLDERS = {"train": "train", "validation": "val", "test": "test"}
+MANIFEST = "manifest.json"
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a local folder (default: stl10)")
+    parser.add_argument("--output-dir", type=Path, default=Path("data"), help="the folder to fill or verify (default: data)")
+    parser.add_argument(
+        "--val-fraction", type=cli.FRACTION, help="share of train for val, where the dataset has none (default: stl10 0.2, else 0.1)"
+    )
+    parser.add_argument("--seed", type=cli.SEED, default=42, help="of the division into train and val (default: 42)")
+    parser.add_argument("--verify", action="store_true", help="only read: name each missing, extra, altered or undecodable file")
+    parser.add_argument("--num-workers", type=cli.POSITIVE_INT, default=cli.num_cores(), help="threads that decode (default: the cores)")
+    return parser
+
+
+def class_folder(name: str) -> str:
+    """A class's folder: its name, but what a path or a file pattern cannot hold is percent-encoded."""
+    encoded = "".join(quote(c, safe="") if c in '/\\%*?[]<>:"|' or ord(c) < 32 else c for c in name)
+    return f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded[:1] in (".", "_", " ") else encoded
+
+
+def export_to_imagefolder(
+    dataset: str, output_dir: str | Path, *, val_fraction: float | None = None, seed: int = 42, num_workers: int = 1
+) -> dict[str, Any]:
+    """Write train/, val/ and, where the dataset has one, test/ under output_dir, and give the manifest.
+
+    Files that are there already and right are left alone, so that a second call finishes a first. ValueError: the folder holds
+    something else, or an image cannot be decoded.
+    """
+    output_dir = Path(output_dir)
+    source = data.load_source(dataset)
+    val_fraction = val_fraction or data.default_val_fraction(dataset)
+    folders = {name: class_folder(name) for name in source.classes}
+    settings = {
+        "format_version": 1,
+        "dataset": source.name,
+        "revision": source.revision,
+        "seed": seed,
+        "val_fraction": val_fraction,
+        "classes": folders,
+    }
+    _refuse_other_content(output_dir, settings)
+    cli.check_output_dir(output_dir)
+    write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
+    splits = [split for split in FOLDERS if split in source.splits or split != "test"]
+    parts = {split: data.divide(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
+    files: dict[str, str] = {}
+    counts: dict[str, dict[str, int]] = {}
+    with cli.Progress(sum(len(rows) for _, rows in parts.values()), "exporting") as progress:
+        for split, (own, rows) in parts.items():
+            names = [source.classes[label] for label in source.labels(own)[rows].tolist()]
+            counts[FOLDERS[split]] = {name: names.count(name) for name in source.classes}
+            images = data.iterate_images(source, own, rows, num_workers)
+            for name, (row, image) in zip(names, images, strict=True):
+                relative = f"{FOLDERS[split]}/{folders[name]}/{row:06d}.png"
+                buffer = io.BytesIO()
+                image.save(buffer, format="PNG")
+                files[relative] = _write_if_different(output_dir / relative, buffer.getvalue())
+                progress.update(1)
+    manifest = {**settings, "complete": True, "counts": counts, "files": files}
+    write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
+
+
+def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    old = read_manifest(output_dir)
+    for key, value in settings.items():
+        if old.get(key) != value:
+            raise ValueError(f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: choose another --output-dir")
+
+
+def _write_if_different(path: Path, content: bytes) -> str:
+    """Write through a temporary file, unless the file is there and the same; give the SHA-256."""
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        os.replace(part, path)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_manifest(output_dir: Path) -> dict[str, Any]:
+    """The manifest of an export. ValueError: there is none, or it is broken."""
+    path = output_dir / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{output_dir} holds no export: it has no {MANIFEST}; choose an empty --output-dir, or the folder of an export")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}): remove it and export again into an empty folder") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} is not a manifest of an export")
+    return manifest
+
+
+def verify_dataset(output_dir: str | Path) -> list[str]:
+    """What differs from the manifest, a line a file: missing, extra, altered or undecodable. Reads only.
+
+    ValueError: no manifest, or an export that was not finished.
+    """
+    output_dir = Path(output_dir)
+    manifest = read_manifest(output_dir)
+    if not manifest.get("complete"):
+        raise ValueError(f"the export in {output_dir} was not finished: run export_data.py again with the same arguments")
+    expected = manifest["files"]
+    found = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()} - {MANIFEST}
+    problems = [f"extra {name}" for name in sorted(found - expected.keys())]
+    with cli.Progress(len(expected), "verifying", " files") as progress:
+        for name, digest in expected.items():
+            problems += _check_file(output_dir / name, name, digest) if name in found else [f"missing {name}"]
+            progress.update(1)
+    return problems
+
+
+def _check_file(path: Path, name: str, digest: str) -> list[str]:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() == digest:
+        return []
+    try:
+        data.read_image({"bytes": content, "path": None}, name)
+    except ValueError:
+        return [f"undecodable {name}"]
+    return [f"altered {name}"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    torch.set_num_threads(1)  # no tensor here is worth a thread
+    if args.verify:
+        problems = verify_dataset(args.output_dir)
+        print("\n".join(problems) if problems else f"{args.output_dir} is whole: every file is as its manifest says")
+        return 1 if problems else 0
+    manifest = export_to_imagefolder(
+        args.dataset, args.output_dir, val_fraction=args.val_fraction, seed=args.seed, num_workers=args.num_workers
+    )
+    counts = ", ".join(f"{sum(by_class.values()):,} in {split}/" for split, by_class in manifest["counts"].items())
+    print(f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, listed with every file's SHA-256 in {MANIFEST}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
