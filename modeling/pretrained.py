@@ -34,9 +34,13 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
     """A timm model with random weights and a head of `num_classes` (0: none, it gives features). ValueError: a size it cannot take."""
     kwargs = {"img_size": image_size} if pretrained_config(model).fixed_input_size else {}
     try:
-        return timm.create_model(timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs)
-    except (AssertionError, TypeError) as error:
-        raise ValueError(f"{model} cannot be built for image size {image_size}: {error}") from error
+        backbone = timm.create_model(timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs)
+        if image_size != pretrained_config(model).input_size[-1]:
+            with torch.no_grad():
+                backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+        return backbone.train()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{model} cannot take image size {image_size}: {error}") from error
 
 
 class ViTLinearProbe(nn.Module):

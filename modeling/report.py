@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,8 @@ def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
         for (i, j), value in np.ndenumerate(matrix):
             if value:
                 axes.text(j, i, f"{value}", ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a script that no font here has shows as boxes
         figure.savefig(file, format="png")
 
 

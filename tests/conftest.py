@@ -1,0 +1,109 @@
+"""What the tests share: scripts in-process, small image folders, a trained checkpoint, and real images where they are."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network; those about it start their own process
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
+
+from modeling import cli  # noqa: E402
+
+
+def load_script(name: str):
+    """A script as a module under a name of its own: `evaluate` and `profile` are other modules' names."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+scripts = SimpleNamespace(**{name: load_script(name) for name in ("train", "evaluate", "profile", "export_data")})
+
+
+def call(script: str, *argv) -> SimpleNamespace:
+    """Run a script's main in this process: status, out, err."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = cli.run(lambda: getattr(scripts, script).main([str(a) for a in argv]))
+    return SimpleNamespace(status=status, out=out.getvalue(), err=err.getvalue())
+
+
+def command(*argv, cwd=ROOT, env=None, timeout=200) -> subprocess.CompletedProcess:
+    """Run a command as a user would, from a folder."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (env or {})
+    return subprocess.run([str(a) for a in argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def assert_refused(result, *words: str, statuses=(2,)) -> None:
+    """Exit status 2 and one line on standard error, without traceback, that holds the words."""
+    status = result.status if hasattr(result, "status") else result.returncode
+    err = result.err if hasattr(result, "err") else result.stderr
+    assert status in statuses, err
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1, err
+    for word in words:
+        assert word in lines[0]
+
+
+def make_image_folder(root: Path, counts: dict[str, dict[str, int]], size=(20, 16)) -> Path:
+    """An ImageFolder of noise with a colour for each class: {split: {class: images}}."""
+    rng = np.random.default_rng(0)
+    for split, classes in counts.items():
+        for number, (name, count) in enumerate(classes.items()):
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (*size, 3)) + np.array([[(number * 60) % 176, (number * 110) % 176, (number * 30) % 176]])
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    path = DATA / "cifar10"
+    if not path.is_dir():
+        pytest.skip(f"real CIFAR-10 is not in {path}: set IMAGE_DATA to a folder that holds cifar10/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stl10_sample() -> Path:
+    path = DATA / "stl10-sample"
+    if not path.is_dir():
+        pytest.skip(f"the STL-10 sample is not in {path}: set IMAGE_DATA to a folder that holds stl10-sample/")
+    return path
+
+
+@pytest.fixture(scope="session")
+def clothing() -> Path:
+    path = DATA / "clothing"
+    if not path.is_dir():
+        pytest.skip(f"the clothing images are not in {path}: set IMAGE_DATA to a folder that holds clothing/")
+    return path
+
+
+TINY = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 96, "--limit-eval", 40, "--batch-size", 32)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> SimpleNamespace:
+    """A small run of cnn_small on digits: folder, best and final checkpoint, what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = call("train", *TINY, "--epochs", 3, "--output-dir", folder)
+    assert result.status == 0, result.err
+    best, final = (folder / "checkpoints" / f"cnn_small_{kind}.safetensors" for kind in ("best", "final"))
+    return SimpleNamespace(folder=folder, best=best, final=final, out=result.out)

@@ -1,0 +1,226 @@
+"""The training step against the same arithmetic done plainly; predictions; the average of weights."""
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling import data, randomness
+from modeling.cnn import SimpleCNN
+from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, make_inputs, predict, train_step
+from modeling.transforms import Preprocessing, mix
+from modeling.vit import SimpleViT
+
+PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    return accelerate.Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return data.decode(data.load_source("digits"), "train", torch.arange(90), image_size=32, num_threads=1)
+
+
+def small_cnn(**kwargs):
+    torch.manual_seed(0)
+    return SimpleCNN(channels=(8, 16), hidden=16, batch_norm=False, pool=None, kaiming=False, **{"head_dropout": 0.0, **kwargs})
+
+
+def run(accelerator, images, model, *, steps=None, objective=None, lr=0.05, batch_size=40, accumulation=1, optimizer="sgd", epochs=1):
+    """Train and give the totals of each step."""
+    objective = objective or Objective(PREP)
+    prepared, optim = accelerator.prepare(model, build_optimizer(optimizer, model, lr=lr, weight_decay=0.0))
+    prepared.train()
+    totals, step = [], 0
+    for epoch in range(epochs):
+        batches = data.training_steps(
+            images, seed=objective.seed, epoch=epoch, batch_size=batch_size, accumulation=accumulation, mix=objective.mixes
+        )
+        for micro_batches in batches:
+            n = min(batch_size, len(images) - batch_size * (step - epoch * -(-len(images) // batch_size)))
+            kwargs = dict(epoch=epoch, step=step, lr=lr, num_images=n, objective=objective)
+            totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs))
+            step += 1
+            if step == steps:
+                return torch.stack(totals)
+    return torch.stack(totals)
+
+
+def test_a_step_is_sgd_on_the_mean_loss(accelerator, images):
+    ours, plain = small_cnn(), small_cnn()
+    totals = run(accelerator, images, ours, steps=3, batch_size=40)  # the third batch has 10 images
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9)
+    order = randomness.permutation(90, 42, randomness.ORDER, 0)
+    for positions, total in zip(order.split(40), totals, strict=True):
+        x = (images.pixels[positions].float() / 255 - 0.5) / 0.5
+        logits, labels = plain(x), images.labels[positions]
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert total[0].item() == pytest.approx(loss.item() * len(positions), rel=1e-4)
+        assert total[1].item() == (logits.argmax(1) == labels).sum()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 7])
+def test_accumulation_changes_nothing_not_even_in_a_short_last_batch(accelerator, images, accumulation):
+    one, many = small_cnn(), small_cnn()
+    objective = Objective(PREP, augment="light", mixup=0.4, cutmix=1.0, label_smoothing=0.1)
+    a = run(accelerator, images, one, objective=objective, epochs=2)
+    b = run(accelerator, images, many, objective=objective, epochs=2, accumulation=accumulation)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    for p, q in zip(one.parameters(), many.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_an_image_of_weight_zero_has_no_part(accelerator, images):
+    def gradients(batch):
+        model = small_cnn()
+        prepared, optimizer = accelerator.prepare(model, build_optimizer("sgd", model, lr=0.1, weight_decay=0.0))
+        totals = train_step(accelerator, prepared, optimizer, [batch], epoch=0, step=0, lr=0.1, num_images=4, objective=Objective(PREP))
+        return totals, [p.grad for p in model.parameters()]
+
+    def batch(positions, weights):
+        pixels, sizes = images.gather(positions)
+        return data.Batch(pixels, sizes, images.labels[positions], images.rows[positions], torch.tensor(weights))
+
+    totals, with_zero = gradients(batch(torch.arange(5), [1.0, 1.0, 1.0, 1.0, 0.0]))
+    expected, without = gradients(batch(torch.arange(4), [1.0] * 4))
+    torch.testing.assert_close(totals, expected)
+    for a, b in zip(with_zero, without, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_dropout_is_a_function_of_seed_and_step(accelerator, images):
+    def weights(seed, disturb):
+        model = small_cnn(head_dropout=0.5)
+        torch.manual_seed(disturb)  # what anything else drew must not matter
+        run(accelerator, images, model, objective=Objective(PREP, seed=seed), steps=2)
+        return torch.cat([p.flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(1, 10), weights(1, 20))
+    assert not torch.equal(weights(1, 10), weights(2, 10))
+
+
+def test_label_smoothing_and_mixing_are_the_soft_targets_of_their_papers(accelerator, images):
+    objective = Objective(PREP, label_smoothing=0.2, mixup=0.8)
+    batch = next(data.training_steps(images, seed=42, epoch=0, batch_size=16, mix=True))[0]
+    x, targets = make_inputs(batch, epoch=0, step=5, objective=objective)
+    weight = targets[0][0]
+    assert 0 < weight < 1
+    assert targets[1][0] == pytest.approx(1 - weight)
+    plain = (batch.images.float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(x, weight * plain[batch.own] + (1 - weight) * plain[batch.partner], rtol=1e-4, atol=1e-5)
+    model = small_cnn()
+    onehot = F.one_hot(batch.labels, 10).float()
+    soft = weight * onehot[batch.own] + (1 - weight) * onehot[batch.partner]
+    soft = soft * 0.8 + 0.2 / 10
+    expected = -(soft * model(x).log_softmax(1)).sum().item()
+    total = train_step(
+        accelerator,
+        *accelerator.prepare(model, build_optimizer("sgd", model, lr=0.1, weight_decay=0.0)),
+        [batch],
+        epoch=0,
+        step=5,
+        lr=0.1,
+        num_images=16,
+        objective=objective,
+    )
+    assert total[0].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_mixup_and_cutmix_weights_have_their_beta_distribution():
+    x = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)])
+    own, partner = torch.tensor([0]), torch.tensor([1])
+    for mixup, cutmix in ((0.2, 0.0), (0.0, 1.0)):
+        mixed = [mix(x, own, partner, mixup=mixup, cutmix=cutmix, keys=(1, 2, step)) for step in range(2000)]
+        for image, weight in mixed[:200]:  # the label's weight is the share of pixels
+            assert 1 - image.mean().item() == pytest.approx(weight, abs=1e-5)
+        if mixup:
+            weights = torch.tensor([weight for _, weight in mixed])
+            assert weights.mean() == pytest.approx(0.5, abs=0.04)
+            assert weights.var() == pytest.approx(0.25 / (2 * mixup + 1), abs=0.02)
+    kinds = {len(mix(x, own, partner, mixup=0.2, cutmix=1.0, keys=(1, 2, step))[0].unique()) for step in range(50)}
+    assert kinds >= {1, 2}  # both kinds are drawn: one value all over, or two in a box
+
+
+def test_clipping_bounds_the_gradient(accelerator, images):
+    norms = {}
+    for clip in (0.0, 0.05):
+        model = small_cnn()
+        run(accelerator, images, model, steps=1, objective=Objective(PREP, clip_grad=clip))
+        norms[clip] = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
+    assert norms[0.0] > 0.1
+    assert norms[0.05] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_ema_is_the_recursion():
+    model = nn.BatchNorm1d(3)
+    ema = Ema(model, 0.7)
+    expected = model.weight.detach().clone()
+    for step in range(1, 20):
+        with torch.no_grad():
+            model.weight.uniform_()
+            model.num_batches_tracked += 1
+        ema.update(model)
+        keep = min(0.7, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * model.weight.detach()
+    torch.testing.assert_close(ema.average["weight"], expected)
+    assert ema.average["num_batches_tracked"] == 19
+    own = model.weight.detach().clone()
+    with ema.swapped_in(model):
+        torch.testing.assert_close(model.weight.detach(), expected)
+    assert torch.equal(model.weight, own)
+
+
+def test_predictions_do_not_depend_on_the_batch_size_and_leave_the_mode(images):
+    torch.manual_seed(0)
+    model = SimpleCNN(channels=(8, 16)).train()
+    reference = predict(model, images, PREP, batch_size=90)
+    assert model.training
+    for batch_size in (1, 7, 89, 200):
+        other = predict(model, images, PREP, batch_size=batch_size)
+        torch.testing.assert_close(other.probabilities, reference.probabilities, rtol=1e-4, atol=1e-6)
+        assert torch.equal(other.rows, images.rows)
+    torch.testing.assert_close(reference.probabilities.sum(1), torch.ones(90))
+    expected = -reference.probabilities[torch.arange(90), images.labels].log()
+    torch.testing.assert_close(reference.losses, expected, rtol=1e-4, atol=1e-5)
+    assert evaluate_model(model, images, PREP)["loss"] == pytest.approx(expected.mean().item(), rel=1e-4)
+
+
+def test_bf16_is_autocast(images):
+    def losses(precision):
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+        model = small_cnn()
+        seen = []
+        model.classifier[-1].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        totals = run(accelerator, images, model, steps=3)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        return totals, seen[0]
+
+    (full, full_dtype), (half, half_dtype) = losses("no"), losses("bf16")
+    accelerate.state.AcceleratorState._reset_state(True)
+    assert (full_dtype, half_dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(half[:, 0], full[:, 0], rtol=0.02, atol=0.5)
+    assert not torch.equal(half, full)
+
+
+def test_the_seeded_loss_curve_is_golden(images):
+    """A refactoring keeps these losses; a change that moves them on purpose says so and writes new ones."""
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True)
+    objective = Objective(PREP, augment="standard", mixup=0.2, label_smoothing=0.1)
+    torch.manual_seed(7)
+    model = SimpleViT(dim=32, depth=2, num_heads=2, mlp_dim=64)
+    curve = run(accelerator, images, model, objective=objective, optimizer="adamw", lr=1e-3, batch_size=30, epochs=2)[:, 0] / 30
+    assert curve.tolist() == pytest.approx(GOLDEN, rel=1e-3)
+
+
+GOLDEN = [0.0] * 6

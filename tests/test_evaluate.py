@@ -1,0 +1,114 @@
+"""evaluate.py: a checkpoint alone is enough; classes are matched by name; flags override what it says."""
+
+import csv
+import shutil
+
+import datasets
+import pytest
+import torch
+from conftest import assert_refused, call, make_image_folder
+from PIL import Image
+
+from modeling import checkpoint, data
+
+
+def rows(folder):
+    with (folder / "traces" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def predictions(folder, name):
+    with (folder / "traces" / f"predictions_{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_checkpoint_alone_is_enough(trained, tmp_path):
+    moved = shutil.copy(trained.best, tmp_path / "elsewhere.safetensors")
+    result = call("evaluate", "--ckpt", moved, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    (row,) = rows(tmp_path)
+    assert (row["model"], row["dataset"], row["split"], row["num_samples"]) == ("cnn_small", "digits", "test", "359")
+    assert (row["parameters"], row["trainable_parameters"]) == ("545098", "545098")
+    names = {path.name for path in (tmp_path / "traces").iterdir()}
+    assert names == {
+        "metrics.csv",
+        "model_comparison.txt",
+        "confusion_matrix_cnn_small.png",
+        "classification_report_cnn_small.txt",
+        "predictions_cnn_small.csv",
+    }
+    found = predictions(tmp_path, "cnn_small")
+    right = sum(line["true"] == line["predicted"] for line in found)
+    assert float(row["accuracy"]) == pytest.approx(right / 359)
+    assert f"accuracy {float(row['accuracy']):.4f}" in result.out
+    with Image.open(tmp_path / "traces" / "confusion_matrix_cnn_small.png") as picture:
+        picture.verify()
+
+
+def test_validation_is_the_split_that_training_saw(trained, tmp_path):
+    result = call("evaluate", "--ckpt", trained.best, "--split", "validation", "--limit-eval", 40, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    (row,) = rows(tmp_path)
+    header = checkpoint.read_header(trained.best)
+    for name in ("loss", "accuracy", "macro_f1"):
+        assert float(row[name]) == pytest.approx(header["metrics"][name], rel=1e-6)
+    assert row["num_samples"] == "40"
+
+
+def test_two_checkpoints_of_a_run_get_their_stems_and_a_comparison(trained, tmp_path):
+    result = call("evaluate", "--ckpt", trained.best, trained.final, "--batch-size", 7, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    assert [row["checkpoint"] for row in rows(tmp_path)] == [str(trained.best), str(trained.final)]
+    assert (tmp_path / "traces" / "confusion_matrix_cnn_small_final.png").exists()
+    comparison = (tmp_path / "traces" / "model_comparison.txt").read_text()
+    assert "Differences from cnn_small_" in comparison
+    assert "cnn_small_best" in comparison
+    again = call("evaluate", "--ckpt", trained.best, trained.final, "--output-dir", tmp_path)
+    assert again.status == 0
+    assert len(rows(tmp_path)) == 2
+
+
+def digits_folder(path, order, split="test"):
+    """digits' test images as parquet, its classes in another order."""
+    source = data.load_source("digits").splits["test"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=order)})
+    names = [str(label) for label in source["label"]]
+    keep = [i for i, name in enumerate(names) if name in order]
+    columns = {"image": [source[i]["image"] for i in keep], "label": [order.index(names[i]) for i in keep]}
+    path.mkdir()
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path / f"{split}.parquet")
+    return path
+
+
+def test_classes_are_matched_by_name(trained, tmp_path):
+    assert call("evaluate", "--ckpt", trained.best, "--output-dir", tmp_path / "plain").status == 0
+    shuffled = digits_folder(tmp_path / "shuffled", list("7319460285"))
+    result = call("evaluate", "--ckpt", trained.best, "--dataset", shuffled, "--output-dir", tmp_path / "s")
+    assert result.status == 0, result.err
+    assert "matched by name" in result.out
+    assert rows(tmp_path / "s")[0]["accuracy"] == rows(tmp_path / "plain")[0]["accuracy"]
+    assert predictions(tmp_path / "s", "cnn_small") == predictions(tmp_path / "plain", "cnn_small")
+
+
+def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
+    few = digits_folder(tmp_path / "few", ["3", "1"])
+    result = call("evaluate", "--ckpt", trained.best, "--dataset", few, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    assert "it lacks '0', '2', '4'" in result.out
+    assert {line["true"] for line in predictions(tmp_path, "cnn_small")} == {"1", "3"}
+
+
+def test_bad_input(trained, tmp_path, monkeypatch):
+    out = ("--output-dir", tmp_path / "out")
+    folder = make_image_folder(tmp_path / "pets", {"test": {"cat": 3, "dog": 3}})
+    assert_refused(call("evaluate", "--ckpt", trained.best, "--dataset", folder, *out), "'cat', 'dog'", "'0', '1'")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(trained.best.read_bytes()[:1000])
+    assert_refused(call("evaluate", "--ckpt", trained.best, cut, *out), "cut.safetensors", "not a whole safetensors file")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pth")
+    assert_refused(call("evaluate", "--ckpt", tmp_path / "model.pth", *out), "model.pth", "pickled")
+    assert_refused(call("evaluate", "--ckpt", tmp_path / "absent", *out), "absent")
+    assert_refused(call("evaluate", "--ckpt", trained.best, "--split", "training", *out), "--split")
+    assert_refused(call("evaluate", *out), "--ckpt")
+    assert_refused(call("evaluate", "--ckpt", trained.best, trained.best, *out), "same files")
+    assert not (tmp_path / "out" / "traces").exists()

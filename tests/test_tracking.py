@@ -1,0 +1,52 @@
+"""TensorBoard's data read back, and metrics.jsonl."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from modeling.tracking import HISTOGRAM_SAMPLE, Tracker
+
+
+def test_scalars_and_histograms_can_be_read_back(tmp_path):
+    tracker = Tracker(tmp_path)
+    model = nn.Linear(2, 3)
+    model(torch.ones(1, 2)).sum().backward()
+    model.bias.requires_grad_(False).grad = None
+    tracker.record("epoch", step=5, epoch=1, train_loss=2.5, validation_accuracy=0.75, learning_rate=0.01)
+    tracker.histograms(model, 5)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"epoch", "loss/train", "accuracy/validation", "learning_rate"}
+    assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(5, 2.5)]
+    assert set(events.Tags()["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
+    histogram = events.Histograms("weights/weight")[0].histogram_value
+    assert histogram.num == 6
+    assert histogram.sum == pytest.approx(model.weight.sum().item(), rel=1e-5)
+    line = {"kind": "epoch", "step": 5, "epoch": 1, "train_loss": 2.5, "validation_accuracy": 0.75, "learning_rate": 0.01}
+    assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [line]
+
+
+def test_lines_are_there_before_the_run_ends(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.record("epoch", step=1, train_loss=1.0)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+    tracker.close()
+
+
+def test_large_tensors_are_sampled(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.histograms(nn.Linear(2000, 2000, bias=False), 1)
+    tracker.close()
+    histogram = EventAccumulator(str(tmp_path)).Reload().Histograms("weights/weight")[0].histogram_value
+    assert HISTOGRAM_SAMPLE / 2 <= histogram.num <= HISTOGRAM_SAMPLE * 2
+
+
+def test_other_processes_write_nothing(tmp_path):
+    tracker = Tracker(tmp_path / "x", enabled=False)
+    tracker.record("epoch", step=1, train_loss=1.0)
+    tracker.histograms(nn.Linear(2, 2), 1)
+    tracker.close()
+    assert not (tmp_path / "x").exists()
