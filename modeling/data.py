@@ -4,6 +4,7 @@ Images are decoded once, before training, into uint8 tensors; what is random abo
 step (modeling/randomness.py).
 """
 
+import glob
 import hashlib
 import io
 import re
@@ -93,7 +94,7 @@ def load_source(name: str) -> Source:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        loaded = datasets.load_dataset(str(path.resolve()) if local else hub_id)
+        loaded = _load_folder(path.resolve()) if local else datasets.load_dataset(hub_id)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
         detail = str(error.__cause__ or error).strip().splitlines()[0]
         if local:
@@ -107,6 +108,16 @@ def load_source(name: str) -> Source:
     for url in () if local else next(iter(loaded.values())).info.download_checksums or ():
         revision = (re.findall(r"@([0-9a-f]{40})/", url) or [revision])[0]
     return _describe(str(path.resolve()) if local else hub_id, loaded, revision)
+
+
+def _load_folder(folder: Path) -> datasets.DatasetDict:
+    """Parquet files as `datasets` finds them; else an ImageFolder, whose splits are its folders of those names, or all is train."""
+    if any(folder.rglob("*.parquet")):
+        return datasets.load_dataset(str(folder))
+    splits = {_SPLIT_NAMES.get(sub.name, sub.name): sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
+    splits = {name: sub for name, sub in splits.items() if name in SPLITS} or {"train": folder}
+    # Named one by one, for the library's own guess takes a class called "test" for a split, and [ in a path for a pattern.
+    return datasets.load_dataset("imagefolder", data_files={name: f"{glob.escape(str(sub))}/**" for name, sub in splits.items()})
 
 
 def _describe(name: str, loaded: datasets.DatasetDict, revision: str | None) -> Source:

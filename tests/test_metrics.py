@@ -46,9 +46,8 @@ def test_top5_of_few_classes_is_one(num_classes):
 def test_a_second_computation_does_not_remember_the_first():
     metrics.compute(random_predictions(10))
     again = metrics.compute(random_predictions(10, n=50, seed=3))
-    assert again["accuracy"] == pytest.approx(
-        (lambda p: (p.labels == p.predicted).double().mean().item())(random_predictions(10, 50, seed=3))
-    )
+    p = random_predictions(10, n=50, seed=3)
+    assert again["accuracy"] == pytest.approx((p.labels == p.predicted).double().mean().item())
 
 
 def test_one_image():

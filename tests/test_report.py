@@ -101,10 +101,7 @@ def test_one_checkpoint_needs_no_differences():
 
 
 def test_tables_align():
-    rows = [
-        {"model": "a", "images_per_second": 12.345, "parameters": 1234567},
-        {"model": "long name", "images_per_second": 7.0, "parameters": 1},
-    ]
+    rows = [{"model": name, "images_per_second": r, "parameters": n} for name, r, n in (("a", 12.345, 1234567), ("long name", 7.0, 1))]
     assert report.compare_models(rows).splitlines() == [
         "model      images/s  parameters",
         "---------  --------  ----------",
