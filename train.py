@@ -26,6 +26,7 @@ from modeling.transforms import AUGMENT_SETS
 
 CHECK_EVERY = 20  # steps between looks at the flag that a loss was not finite: each look waits for the device
 SANITY_ACCURACY, SANITY_STEPS = 0.99, 2000
+NOT_FINITE_HELP = "use a lower --lr, --warmup-epochs 1 or --clip-grad 1"
 BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
 
 
@@ -192,16 +193,13 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     args.epochs = math.ceil(total_steps / steps_per_epoch)
     print(describe(args, accelerator, images, raw_model, total_steps), flush=True)
 
-    header = {
-        "model": model_args,
-        "classes": source.classes,
-        "preprocessing": checkpoint.preprocessing_to(objective.preprocessing),
-        "arguments": {k: v for k, v in sorted(vars(args).items()) if k not in ("output_dir", "num_workers")}
-        | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
-        "dataset": {"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
-        "versions": checkpoint.versions(),
-        "git_commit": checkpoint.git_commit(),
-    }
+    header = checkpoint.make_header(
+        model=model_args,
+        classes=source.classes,
+        preprocessing=objective.preprocessing,
+        arguments=vars(args) | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
+        dataset={"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
+    )
     moved = checkpoint.move_aside(args.output_dir, run)
     if moved:
         print(f"The files of an older run {run!r} are now in {moved}")
@@ -210,9 +208,11 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
     # ---- the loop --------------------------------------------------------------------------------------------------------------
     step, best, best_epoch, started = 0, None, 0, time.monotonic()
+    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
     first_bad = torch.tensor(-1, device=accelerator.device)
     better = BEST_METRICS[args.best_metric]
-    progress = cli.Progress(total_steps * args.batch_size, f"epoch 1/{args.epochs}")
+    full_epochs, rest = divmod(total_steps, steps_per_epoch)
+    progress = cli.Progress(full_epochs * len(images["train"]) + rest * args.batch_size, f"epoch 1/{args.epochs}")
     for epoch in range(args.epochs):
         model.train()
         progress.describe(f"epoch {epoch + 1}/{args.epochs}")
@@ -229,13 +229,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         )
         for micro_batches in steps:
             num_images = min(args.batch_size, len(images["train"]) - num_seen)
-            lr = learning_rate(
-                step,
-                base=args.lr,
-                total_steps=total_steps,
-                warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-                schedule=args.schedule,
-            )
+            lr = learning_rate(step, base=args.lr, total_steps=total_steps, warmup_steps=warmup_steps, schedule=args.schedule)
             step_totals = train_step(
                 accelerator, model, optimizer, micro_batches, epoch=epoch, step=step, lr=lr, num_images=num_images, objective=objective
             )
@@ -256,6 +250,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         tracker.histograms(raw_model, step)
         with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
             scores = evaluate_model(model, images["validation"], objective.preprocessing, device=accelerator.device)
+            if not math.isfinite(scores["loss"]):
+                raise FloatingPointError(f"the validation loss was not finite after step {step}: {NOT_FINITE_HELP}")
             record |= {f"validation_{name}": value for name, value in scores.items()}
             header |= {"epoch": epoch + 1, "step": step, "metrics": scores}
             clock = {"train_seconds": time.monotonic() - started}
@@ -273,7 +269,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         )
         if last:
             break
-    progress.__exit__()
+    progress.close()
 
     # ---- final evaluation: the best epoch, once, on test -----------------------------------------------------------------------
     result = {"run": run, "best_epoch": best_epoch, "steps": step, **{f"{kind}_checkpoint": str(path) for kind, path in paths.items()}}
@@ -294,7 +290,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
 def stop_if_bad(first_bad: torch.Tensor) -> None:
     if first_bad >= 0:
-        raise FloatingPointError(f"the loss was not finite at step {int(first_bad)}: use a lower --lr, --warmup-epochs or --clip-grad 1")
+        raise FloatingPointError(f"the loss was not finite at step {int(first_bad)}: {NOT_FINITE_HELP}")
 
 
 def sanity_check(args, accelerator, model, optimizer, images: data.Images, objective: Objective) -> dict[str, Any]:
@@ -305,7 +301,9 @@ def sanity_check(args, accelerator, model, optimizer, images: data.Images, objec
     with cli.Progress(limit, "sanity check", unit=" steps") as progress:
         while step < limit and accuracy < SANITY_ACCURACY:
             model.train()
-            for micro_batches in data.training_steps(images, seed=args.seed, epoch=epoch, batch_size=args.batch_size):
+            accumulation = args.gradient_accumulation_steps
+            steps = data.training_steps(images, seed=args.seed, epoch=epoch, batch_size=args.batch_size, accumulation=accumulation)
+            for micro_batches in steps:
                 num_images = sum(len(batch.weights) for batch in micro_batches)
                 train_step(
                     accelerator,

@@ -76,6 +76,22 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
+def make_header(
+    *, model: dict[str, Any], classes: list[str], preprocessing: Preprocessing, arguments: dict[str, Any], dataset: dict[str, Any]
+) -> dict[str, Any]:
+    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, the data, the versions."""
+    return {
+        "model": model,
+        "classes": classes,
+        "preprocessing": dataclasses.asdict(preprocessing),
+        # where it was written and how many threads decoded change nothing of what was computed
+        "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "num_workers")},
+        "dataset": dataset,
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
 def save_checkpoint(path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]) -> None:
     """Write weights and a header of JSON values. What depends on time goes to `clock`: the rest is reproducible, bit for bit."""
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
@@ -117,11 +133,6 @@ def preprocessing_from(header: dict[str, Any]) -> Preprocessing:
     """The preprocessing that a checkpoint's header holds."""
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["preprocessing"].items()}
     return Preprocessing(**fields)
-
-
-def preprocessing_to(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The preprocessing as a header holds it."""
-    return dataclasses.asdict(preprocessing)
 
 
 def move_aside(output_dir: Path, run: str) -> Path | None:

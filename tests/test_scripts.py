@@ -1,0 +1,260 @@
+"""The commands as a user runs them: by path, from any folder, under the launcher; and what they refuse."""
+
+import os
+import re
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
+
+from modeling import checkpoint, cli
+
+TRAIN_FLAGS = """--augment --batch-size --best-metric --clip-grad --compile --cutmix --dataset --deterministic --early-stop --ema --epochs
+--gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval --limit-train --lr --max-steps
+--mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir --patch-size --recipe --run-name
+--sanity-check --seed --val-fraction --warmup-epochs --weight-decay --weights"""
+FLAGS = {
+    "train": TRAIN_FLAGS,
+    "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads --num-workers --output-dir --split",
+    "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps --num-threads --num-workers --output-dir "
+    "--recipe",
+    "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
+}
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_flags_are_these(script):
+    parser = getattr(scripts, script).build_parser()
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    assert sorted(flags) == FLAGS[script].split()
+    for action in parser._actions:
+        assert action.help, action.option_strings
+
+
+# ---- the two names -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-c", "import cProfile, evaluate; evaluate.combine; cProfile.run; import profile; profile.Profile"),
+        ("-c", "import torch._dynamo, torchvision; import evaluate; assert 'site-packages' in evaluate.__file__"),
+        ("-m", "pytest", "--version"),
+        ("-m", "cProfile", "-o", os.devnull, "train.py", "--help"),
+        ("-m", "IPython", "--no-banner", "--quick", "-c", "import profile; print(profile.run)"),
+    ],
+    ids=["cProfile", "dynamo", "pytest", "cProfile train.py", "IPython"],
+)
+def test_the_real_modules_are_found_in_the_root(arguments):
+    result = command(sys.executable, *arguments)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_every_script_runs_by_path_from_any_folder(script, tmp_path):
+    result = command(sys.executable, ROOT / f"{script}.py", "--help", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "--output-dir" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# ---- as a user runs them -------------------------------------------------------------------------------------------------------
+
+
+def test_the_launcher_trains_and_the_checkpoint_evaluates(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml"]
+    result = command(*launch, ROOT / "train.py", *TINY, "--max-steps", 4, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"{cli.num_cores()} threads" in result.stdout  # the launcher's OMP_NUM_THREADS=1 is nobody's choice
+    assert "Traceback" not in result.stderr
+    result = command(sys.executable, ROOT / "evaluate.py", "--ckpt", "checkpoints/cnn_small_best.safetensors", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"accuracy 0\.\d{4}, macro F1 0\.\d{4}", result.stdout)
+    assert (tmp_path / "traces" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_config_is_one_that_accelerate_reads(config):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(config))
+    assert loaded.num_processes == 1
+    assert config.read_text().startswith("#")
+
+
+def test_an_interrupted_command_ends_with_130_in_one_line(monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scripts.train, "run_training", interrupt)
+    result = call("train")
+    assert result.status == 130
+    assert "Traceback" not in result.err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(scripts.train, "run_training", lambda args: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        call("train")
+    monkeypatch.setattr(scripts.train, "run_training", lambda args: timm.create_model("resnet18", output_stride=3))
+    with pytest.raises((ValueError, AssertionError)):
+        call("train")
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--model", "vgg"), ("unknown model 'vgg'", "cnn_small")),
+        (("--model", "timm/nonesuch"), ("timm has no model 'nonesuch'",)),
+        (("--dataset", "./absent"), ("no dataset './absent'",)),
+        (("--dataset", "not a name"), ("no dataset 'not a name'",)),
+        (("--batch-size", "0"), ("--batch-size", "0 is not an integer in [1, inf)")),
+        (("--batch-size", "many"), ("--batch-size", "'many'")),
+        (("--val-fraction", "1.5"), ("--val-fraction", "1.5 is not a number in (0, 1)")),
+        (("--epochs", "-1"), ("--epochs", "-1")),
+        (("--lr", "nan"), ("--lr", "nan")),
+        (("--lr", "inf"), ("--lr", "inf")),
+        (("--augment", "heavy"), ("--augment", "'heavy'", "randaugment")),
+        (("--mixed-precision", "fp16"), ("fp16 needs a GPU",)),
+        (("--weights", "absent.safetensors"), ("absent.safetensors", "no such file")),
+        (("--run-name", "../x"), ("--run-name '../x'",)),
+        (("--run-name", ""), ("--run-name",)),
+        (("--patch-size", "4"), ("--patch-size is for vit_scratch",)),
+        (("--model", "vit_scratch", "--image-size", "30"), ("image size 30 is not a multiple of patch size 4",)),
+        (("--model", "cnn", "--image-size", "4"), ("image size 4 is too small",)),
+        (("--model", "vit", "--weights", "none", "--image-size", "8"), ("vit cannot take image size 8",)),
+        (("--epoch", "1"), ("unrecognized arguments: --epoch",)),
+        (("--val-fraction", "0.0001"), ("split 'validation' of digits is empty", "--val-fraction")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) and value[0].startswith("--") else "",
+)
+def test_train_refuses_in_one_line_and_what_is_on_disk_stays(flags, words, trained):
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    result = call("train", *TINY, "--output-dir", trained.folder, *flags)
+    assert_refused(result, *words)
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*") if path.parent != trained.folder} == {
+        path: time for path, time in before.items() if path.parent != trained.folder
+    }
+
+
+def test_train_refuses_bad_folders(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_refused(call("train", "--dataset", tmp_path / "empty"), "empty", "one folder per class")
+    assert_refused(call("train", "--dataset", make_image_folder(tmp_path / "one", {"train": {"cat": 5}})), "one", "class")
+    broken = make_image_folder(tmp_path / "broken", {"train": {"a": 10, "b": 10}, "test": {"a": 2, "b": 2}})
+    bad = broken / "test" / "b" / "1.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
+    result = call("train", "--model", "cnn", "--dataset", broken, "--output-dir", tmp_path / "out")
+    assert_refused(result, "cannot decode image", str(bad))
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_an_unwritable_output_folder_is_refused_before_anything_is_spent(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for script, flags in (("train", TINY), ("profile", ()), ("export_data", ("--dataset", "digits"))):
+        result = call(script, *flags, "--output-dir", tmp_path / "file" / "out")
+        assert_refused(result, "file/out", statuses=(1, 2))
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(trained.folder, tmp_path / "out")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "x_best.safetensors")
+
+    monkeypatch.setattr(scripts.train.checkpoint, "save_checkpoint", full)
+    result = call("train", *TINY, "--max-steps", 1, "--output-dir", tmp_path / "out")
+    assert_refused(result, "No space left on device", statuses=(1,))
+    (old,) = (tmp_path / "out" / "previous").iterdir()
+    assert (old / "checkpoints" / "cnn_small_best.safetensors").read_bytes() == trained.best.read_bytes()
+
+
+def test_an_error_reaches_the_shell_as_status_2(tmp_path):
+    result = command(sys.executable, ROOT / "train.py", "--lr", "nan", cwd=tmp_path)
+    assert_refused(result, "train.py: error: ", "--lr")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the hub -------------------------------------------------------------------------------------------------------------------
+
+
+def hub_environment(tmp_path, endpoint):
+    return {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--model", "vit", "--dataset", "digits"), ("cannot be reached", "--weights FILE.safetensors", "--weights none")),
+        (("--model", "cnn"), ("dataset tanganke/stl10", "hub cannot be reached", "--dataset")),
+    ],
+    ids=["weights", "dataset"],
+)
+def test_without_network_the_error_names_the_ways_out(tmp_path, flags, words):
+    nobody_there = hub_environment(tmp_path, "http://127.0.0.1:9")
+    result = command(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, env=nobody_there, timeout=60)
+    assert_refused(result, *words)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of a model hub as a download of one file needs."""
+
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        self.asked.append(f"{self.command} {self.path}")
+        content = b"hub" if self.path == "/" else self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        self.send_header("ETag", '"0123456789abcdef0123456789abcdef01234567"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if with_body and content:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_default_weights_come_from_the_hub(tmp_path):
+    torch.manual_seed(3)
+    reference = timm.create_model("vit_tiny_patch16_224", pretrained=False)
+    Hub.files = {
+        "/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors": safetensors.torch.save(reference.state_dict())
+    }
+    Hub.asked = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        environment = hub_environment(tmp_path, f"http://127.0.0.1:{server.server_port}")
+        flags = ("--model", "vit", "--dataset", "digits", "--image-size", 32, "--limit-train", 40, "--limit-eval", 10, "--max-steps", 1)
+        result = command(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, result.stderr
+        assert any(line.startswith("GET /timm/vit_tiny") for line in Hub.asked)
+    finally:
+        server.shutdown()
+    model, _ = checkpoint.load_model(tmp_path / "checkpoints" / "vit_best.safetensors")
+    for name, value in reference.state_dict().items():
+        if not name.startswith("head.") and name != "pos_embed":
+            assert torch.equal(model.backbone.state_dict()[name], value), name
+    # the hub gone, the cached file serves
+    result = command(sys.executable, ROOT / "train.py", *flags, "--run-name", "again", cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
