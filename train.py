@@ -146,8 +146,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     models.check_model_name(args.model)
     if args.weights not in ("default", "none") and not Path(args.weights).is_file():
         raise ValueError(f"--weights {args.weights}: no such file; give default, none, or a safetensors file")
-    run = args.run_name = args.run_name or models.file_name(args.model)
-    if Path(run).name != run or run.startswith("."):
+    run = args.run_name = models.file_name(args.model) if args.run_name is None else args.run_name
+    if Path(run).name != run or run.startswith(".") or not run:
         raise ValueError(f"--run-name {run!r} must be a plain file name")
     accelerator = cli.make_accelerator(args)
     if not args.sanity_check:
