@@ -12,12 +12,15 @@ if __name__ == "evaluate":  # not this script but the package: see modeling/shad
 
     load_real("evaluate")
 else:
+    import functools
     import sys
     from pathlib import Path
     from typing import Any
 
     from modeling import checkpoint, cli, data, metrics, models, report
-    from modeling.engine import Predictions, predict
+    from modeling.engine import predict
+
+    load_source = functools.cache(data.load_source)
 
     def build_parser() -> cli.Parser:
         parser = cli.Parser(__doc__)
@@ -46,73 +49,67 @@ else:
             )
         return [of_checkpoint.index(name) for name in source.classes]
 
-    def load_split(header: dict[str, Any], path: Path, args: Any) -> tuple[str, data.Images]:
-        """The split that is asked for, decoded, its labels numbered as the checkpoint numbers them."""
-        trained = header["arguments"]
-        source = data.load_source(args.dataset or header["dataset"]["name"])
-        numbers = match_classes(path, header["classes"], source)
-        split = args.split or ("test" if "test" in source.splits else "validation")
-        own, rows = data.divide(
-            source,
-            split,
-            val_fraction=trained["val_fraction"],
-            seed=trained["seed"],
-            limit_eval=args.limit_eval,
-            limit_train=args.limit_eval,
-        )
-        with cli.Progress(len(rows), "decoding") as progress:
-            size = header["preprocessing"]["image_size"]
-            images = data.decode(source, own, rows, image_size=size, num_threads=args.num_workers, progress=progress.update)
-        images.labels = images.labels.new_tensor(numbers)[images.labels]
-        return split, images
+    class Evaluation:
+        """A checkpoint and the images that it is to be evaluated on: all that can be refused is refused before anything is run."""
 
-    def evaluate_checkpoint(path: Path, args: Any, accelerator) -> tuple[dict[str, Any], Predictions, list[str]]:
-        """A row of metrics.csv, the predictions and the class names of one checkpoint."""
-        model, header = checkpoint.load_model(path)
-        split, images = load_split(header, path, args)
-        parameters, trainable = models.count_parameters(model)
-        model = accelerator.prepare(model)
-        with cli.Progress(len(images), f"evaluating {path.stem}") as progress:
-            predictions = predict(
-                model,
-                images,
-                checkpoint.preprocessing_from(header),
-                batch_size=args.batch_size,
-                device=accelerator.device,
-                progress=progress.update,
-            )
-        row = {
-            "checkpoint": str(path),
-            "model": header["model"]["name"],
-            "dataset": args.dataset or header["dataset"]["name"],
-            "split": split,
-            "num_samples": len(images),
-            **metrics.compute(predictions),
-            "parameters": parameters,
-            "trainable_parameters": trainable,
-        }
-        return row, predictions, header["classes"]
+        def __init__(self, name: str, path: Path, args: Any):
+            self.name, self.path = name, path
+            self.header = checkpoint.read_header(path)
+            self.source = load_source(args.dataset or self.header["dataset"]["name"])
+            self.numbers = match_classes(path, self.header["classes"], self.source)
+            self.split = args.split or ("test" if "test" in self.source.splits else "validation")
+            trained = self.header["arguments"]
+            limits = dict(limit_train=args.limit_eval, limit_eval=args.limit_eval)
+            options = dict(val_fraction=trained["val_fraction"], seed=trained["seed"])
+            self.own_split, self.rows = data.divide(self.source, self.split, **options, **limits)
+
+        def run(self, args: Any, accelerator) -> report.Evaluated:
+            """Decode, predict and compute."""
+            with cli.Progress(len(self.rows), "decoding") as progress:
+                size = self.header["preprocessing"]["image_size"]
+                options = dict(image_size=size, num_threads=args.num_workers, progress=progress.update)
+                images = data.decode(self.source, self.own_split, self.rows, **options)
+            images.labels = images.labels.new_tensor(self.numbers)[images.labels]  # as the checkpoint numbers its classes
+            model, header = checkpoint.load_model(self.path)
+            parameters, trainable = models.count_parameters(model)
+            model = accelerator.prepare(model)
+            with cli.Progress(len(images), f"evaluating {self.name}") as progress:
+                options = dict(batch_size=args.batch_size, device=accelerator.device, progress=progress.update)
+                predictions = predict(model, images, checkpoint.preprocessing_from(header), **options)
+            row = {
+                "checkpoint": str(self.path),
+                "model": header["model"]["name"],
+                "dataset": self.source.name,
+                "split": self.split,
+                "num_samples": len(images),
+                **metrics.compute(predictions),
+                "parameters": parameters,
+                "trainable_parameters": trainable,
+            }
+            return report.Evaluated(self.name, row, predictions, header["classes"])
 
     def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         accelerator = cli.make_accelerator(args)
-        runs = [checkpoint.read_header(path)["arguments"]["run_name"] for path in args.ckpt]  # all of them, before the first is run
-        cli.check_output_dir(args.output_dir)
+        traces = args.output_dir / "traces"
+        cli.check_output_dir(args.output_dir, "traces")
+        report.read_metrics_csv(traces / "metrics.csv")
+        runs = [checkpoint.read_header(path)["arguments"]["run_name"] for path in args.ckpt]
         # two checkpoints of one run are told apart by the file's stem
         names = [run if runs.count(run) == 1 else path.stem for run, path in zip(runs, args.ckpt, strict=True)]
         if len(set(names)) < len(names):
             raise ValueError(f"two checkpoints would write the same files: {', '.join(map(str, args.ckpt))}; evaluate them one by one")
-        traces = args.output_dir / "traces"
+        evaluations = [Evaluation(name, path, args) for name, path in zip(names, args.ckpt, strict=True)]
         evaluated = []
-        for name, path in zip(names, args.ckpt, strict=True):
-            row, predictions, classes = evaluate_checkpoint(path, args, accelerator)
-            evaluated.append(report.Evaluated(name, row, predictions, classes))
-            report.write_evaluation(traces, evaluated[-1])
+        for evaluation in evaluations:
+            one = evaluation.run(args, accelerator)
+            evaluated.append(one)
+            report.write_evaluation(traces, one)
+            report.update_metrics_csv(traces / "metrics.csv", [one.row])
             print(
-                f"{path}: {row['split']} of {row['dataset']}, {row['num_samples']:,} images: accuracy {row['accuracy']:.4f}, "
-                f"macro F1 {row['macro_f1']:.4f}"
+                f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, {one.row['num_samples']:,} images: "
+                f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}"
             )
-        report.update_metrics_csv(traces / "metrics.csv", [one.row for one in evaluated])
         checkpoint.write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
         print(f"metrics, classification reports, confusion matrices, predictions and model_comparison.txt are in {traces}")
         return 0

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -35,7 +36,7 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument("--seed", type=cli.SEED, default=42, help="of the division into train and val (default: 42)")
     parser.add_argument("--verify", action="store_true", help="only read: name each missing, extra, altered or undecodable file")
-    parser.add_argument("--num-workers", type=cli.POSITIVE_INT, default=cli.num_cores(), help="threads that decode (default: the cores)")
+    parser.add_argument("--num-workers", type=cli.NUM_WORKERS, default=cli.num_cores(), help="threads that decode (default: the cores)")
     return parser
 
 
@@ -65,17 +66,19 @@ def export_to_imagefolder(
         "val_fraction": val_fraction,
         "classes": folders,
     }
-    _refuse_other_content(output_dir, settings)
-    cli.check_output_dir(output_dir)
-    write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     splits = [split for split in FOLDERS if split in source.splits or split != "test"]
     parts = {split: data.divide(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
+    _refuse_other_content(output_dir, settings)
+    cli.check_output_dir(output_dir)
+    if not (output_dir / MANIFEST).exists():
+        write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
     with cli.Progress(sum(len(rows) for _, rows in parts.values()), "exporting") as progress:
         for split, (own, rows) in parts.items():
             names = [source.classes[label] for label in source.labels(own)[rows].tolist()]
-            counts[FOLDERS[split]] = {name: names.count(name) for name in source.classes}
+            counted = Counter(names)
+            counts[FOLDERS[split]] = {name: counted[name] for name in source.classes}
             images = data.iterate_images(source, own, rows, num_workers)
             for name, (row, image) in zip(names, images, strict=True):
                 relative = f"{FOLDERS[split]}/{folders[name]}/{row:06d}.png"
@@ -83,6 +86,9 @@ def export_to_imagefolder(
                 image.save(buffer, format="PNG")
                 files[relative] = _write_if_different(output_dir / relative, buffer.getvalue())
                 progress.update(1)
+    stale = sorted(_found(output_dir) - files.keys())
+    if stale:
+        raise ValueError(f"{output_dir} holds {len(stale)} files that are not of this export, such as {stale[0]}: remove them")
     manifest = {**settings, "complete": True, "counts": counts, "files": files}
     write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
@@ -131,13 +137,17 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
     if not manifest.get("complete"):
         raise ValueError(f"the export in {output_dir} was not finished: run export_data.py again with the same arguments")
     expected = manifest["files"]
-    found = {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()} - {MANIFEST}
+    found = _found(output_dir)
     problems = [f"extra {name}" for name in sorted(found - expected.keys())]
     with cli.Progress(len(expected), "verifying", " files") as progress:
         for name, digest in expected.items():
             problems += _check_file(output_dir / name, name, digest) if name in found else [f"missing {name}"]
             progress.update(1)
     return problems
+
+
+def _found(output_dir: Path) -> set[str]:
+    return {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()} - {MANIFEST}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:

@@ -41,6 +41,8 @@ else:
             preprocessing=models.preprocessing(name, recipe, size),
             augment=recipe.augment,
             label_smoothing=recipe.label_smoothing,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
             clip_grad=recipe.clip_grad,
         )
         with cli.Progress(profiling.WARMUP_STEPS + args.num_steps + profiling.TRACED_STEPS, f"profiling {name}", " steps") as progress:
@@ -52,6 +54,7 @@ else:
                 accelerator=accelerator,
                 optimizer=recipe.optimizer,
                 lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
                 batch_size=args.batch_size,
                 num_steps=args.num_steps,
                 output_dir=args.output_dir / "traces",
@@ -62,10 +65,11 @@ else:
         args = build_parser().parse_args(argv)
         args.models = list(dict.fromkeys(map(models.check_model_name, args.models)))
         accelerator = cli.make_accelerator(args)
-        cli.check_output_dir(args.output_dir)
+        cli.check_output_dir(args.output_dir, "traces")
         source = data.load_source(args.dataset)
         own, rows = data.divide(source, "train", val_fraction=0.1, seed=42, limit_train=max(1024, args.batch_size))
-        images = data.decode(source, own, rows, image_size=args.image_size, num_threads=args.num_workers)
+        largest = max(args.image_size or models.default_image_size(name) or 0 for name in args.models)
+        images = data.decode(source, own, rows, image_size=largest, num_threads=args.num_workers)
         results = [profile_one(name, images, args, accelerator) for name in args.models]
         comparison = report.compare_models(results)
         traces = args.output_dir / "traces"

@@ -64,7 +64,9 @@ def build_parser() -> cli.Parser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--weights", default="default", help="default (the hub's, for a pretrained model), none, or a safetensors file")
-    group.add_argument("--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: the pretrained model's, else the images' own)")
+    group.add_argument(
+        "--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: the pretrained model's, else the images', 224 at most)"
+    )
     group.add_argument("--patch-size", type=cli.POSITIVE_INT, help="vit_scratch's, in pixels (default: 4 up to 64 pixels, 8, 16 from 128)")
     group.add_argument(
         "--head-dropout", type=cli.number(low=0, high=1, open_high=True), help="dropout before the last layer (default: the model's)"
@@ -98,10 +100,9 @@ def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
 
 
 def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
-    """The pretrained model's own size, else the images'; 224 for the reference recipes on STL-10."""
-    if args.recipe == "reference" and data.is_stl10(args.dataset):
-        return 224
-    return models.default_image_size(args.model) or data.own_size(images)
+    """A pretrained model's own size; from scratch the images' own, and 224 for the reference recipes on STL-10."""
+    published = 224 if args.recipe == "reference" and data.is_stl10(args.dataset) else None
+    return models.default_image_size(args.model) or published or data.own_size(images)
 
 
 def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.Images]]:
@@ -116,9 +117,10 @@ def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.I
         count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
         chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
         rows["train"] = own, train_rows[chosen]
+    size = args.image_size or models.default_image_size(args.model)
     with cli.Progress(sum(len(r) for _, r in rows.values()), "decoding") as progress:
         images = {
-            split: data.decode(source, own, r, image_size=args.image_size, num_threads=args.num_workers, progress=progress.update)
+            split: data.decode(source, own, r, image_size=size, num_threads=args.num_workers, progress=progress.update)
             for split, (own, r) in rows.items()
         }
     return source, images
@@ -151,7 +153,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--run-name {run!r} must be a plain file name")
     accelerator = cli.make_accelerator(args)
     if not args.sanity_check:
-        cli.check_output_dir(args.output_dir)
+        cli.check_output_dir(args.output_dir, "checkpoints", "runs")
     source, images = load_images(args)
     args.image_size = args.image_size or choose_image_size(args, images["train"])
     recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
@@ -258,7 +260,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             is_best = best is None or better(scores[args.best_metric], best) != best
             last = step == total_steps or (args.early_stop and not is_best and epoch + 1 - best_epoch >= args.early_stop)
             if is_best:
-                best, best_epoch = scores[args.best_metric], epoch + 1
+                best, best_epoch, best_scores = scores[args.best_metric], epoch + 1, scores
                 checkpoint.save_checkpoint(paths["best"], raw_model.state_dict(), header, clock)
             if last:
                 checkpoint.save_checkpoint(paths["final"], raw_model.state_dict(), header, clock)
@@ -273,7 +275,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
     # ---- final evaluation: the best epoch, once, on test -----------------------------------------------------------------------
     result = {"run": run, "best_epoch": best_epoch, "steps": step, **{f"{kind}_checkpoint": str(path) for kind, path in paths.items()}}
-    result["validation"] = checkpoint.read_header(paths["best"])["metrics"]
+    result["validation"] = best_scores
     if "test" in images:
         best_model, _ = checkpoint.load_model(paths["best"])
         best_model = accelerator.prepare(best_model)
@@ -318,8 +320,11 @@ def sanity_check(args, accelerator, model, optimizer, images: data.Images, objec
                 )
                 step += 1
                 progress.update(1)
+                if step == limit:
+                    break
             epoch += 1
             predictions = predict(model, images, objective.preprocessing, batch_size=args.batch_size, device=accelerator.device)
+            stop_if_bad(torch.tensor(-1 if predictions.losses.isfinite().all() else step))
             accuracy = (predictions.predicted == images.labels).float().mean().item()
             progress.describe(f"sanity check, accuracy {accuracy:.3f}")
     passed = accuracy >= SANITY_ACCURACY

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from modeling.models import build_model
-from modeling.pretrained import read_tensors
+from modeling.pretrained import open_safetensors, read_tensors
 from modeling.transforms import Preprocessing
 
 FORMAT_VERSION = 1
@@ -103,7 +103,8 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor], header: dict[str
 
 def read_header(path: str | Path) -> dict[str, Any]:
     """What a checkpoint says of itself. ValueError: not a whole safetensors file, or not one of ours."""
-    return _parse(Path(path), read_tensors(Path(path))[1])
+    with open_safetensors(Path(path)) as file:
+        return _parse(Path(path), file.metadata() or {})
 
 
 def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -138,7 +139,8 @@ def preprocessing_from(header: dict[str, Any]) -> Preprocessing:
 def move_aside(output_dir: Path, run: str) -> Path | None:
     """Move what an older run of this name wrote to previous/{run}-{time}/, and give that folder; None if there was nothing."""
     names = [f"checkpoints/{run}_best.safetensors", f"checkpoints/{run}_final.safetensors", f"runs/{run}"]
-    names += [f"traces/confusion_matrix_{run}.png", f"traces/classification_report_{run}.txt", f"traces/predictions_{run}.csv"]
+    for name in (run, f"{run}_best", f"{run}_final"):
+        names += [f"traces/confusion_matrix_{name}.png", f"traces/classification_report_{name}.txt", f"traces/predictions_{name}.csv"]
     old = [name for name in names if (output_dir / name).exists()]
     if not old:
         return None

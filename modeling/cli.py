@@ -47,21 +47,23 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type = float, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False, open_high: bool = False):
     """An argparse type: a finite number in an interval, with an error that names the interval."""
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}".replace("inf]", "inf)")
-    wanted = f"{'an integer' if kind is int else 'a number'} in {bounds}"
+    wanted = f"an integer from {low} to {high}" if kind is int else f"a number in {bounds}"
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        if not math.isfinite(value) or value < low or value > high or (open_low and value == low) or (open_high and value == high):
+        inside = low <= value <= high and value not in (math.inf, -math.inf)  # which nan is not
+        if not inside or (open_low and value == low) or (open_high and value == high):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
 
     return parse
 
 
-POSITIVE_INT = number(int, low=1)
+POSITIVE_INT = number(int, low=1, high=2**31 - 1)
+NUM_WORKERS = number(int, low=0, high=1024)
 POSITIVE = number(low=0, open_low=True)
 NON_NEGATIVE = number(low=0)
 SEED = number(int, low=0, high=2**31 - 1)
@@ -78,7 +80,9 @@ def add_hardware_group(parser: Parser) -> None:
         type=POSITIVE_INT,
         help="CPU threads of each process (default: OMP_NUM_THREADS, or the cores divided by the processes on this machine)",
     )
-    group.add_argument("--num-workers", type=POSITIVE_INT, default=num_cores(), help="threads that decode images (default: the cores)")
+    group.add_argument(
+        "--num-workers", type=NUM_WORKERS, default=num_cores(), help="threads that decode images, 0: the main one (default: the cores)"
+    )
 
 
 def num_cores() -> int:
@@ -94,7 +98,8 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
         torch.set_num_threads(args.num_threads or num_cores())
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
-    accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision)
+    on_mac = torch.backends.mps.is_available()  # which lacks the float64 that we sum in: there the CPU works
+    accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision, cpu=on_mac)
     on_cpu = accelerator.device.type == "cpu"
     if accelerator.mixed_precision == "fp16" and on_cpu:
         raise ValueError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
@@ -147,15 +152,16 @@ class Progress:
             self.bar.refresh()
 
 
-def check_output_dir(folder: Path) -> None:
-    """Make the folder and try to write in it, before anything is spent. ValueError: it cannot be written."""
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+def check_output_dir(folder: Path, *subfolders: str) -> None:
+    """Make the folder and try to write in it, and in those subfolders that exist. ValueError: it cannot be written."""
+    for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):
+        probe = place / f".writable-{os.getpid()}"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to the output folder {place}: {error.strerror}") from error
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -169,7 +175,7 @@ def run(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent
         if isinstance(error, OSError):
             message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from modeling import randomness
-from modeling.hub import prepare_hub
+from modeling.hub import HUB_ERRORS, prepare_hub
 
 HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
 SPLITS = ("train", "validation", "test")
@@ -95,8 +94,8 @@ def load_source(name: str) -> Source:
     datasets.logging.set_verbosity_error()
     try:
         loaded = _load_folder(path.resolve()) if local else datasets.load_dataset(hub_id)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError) as error:
-        detail = str(error.__cause__ or error).strip().splitlines()[0]
+    except (*HUB_ERRORS, ValueError, datasets.exceptions.DatasetsError) as error:
+        detail = f"{error.__cause__ or error or type(error).__name__}".strip().split("\n")[0]
         if local:
             raise ValueError(f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files") from error
         if not online:
@@ -114,8 +113,14 @@ def _load_folder(folder: Path) -> datasets.DatasetDict:
     """Parquet files as `datasets` finds them; else an ImageFolder, whose splits are its folders of those names, or all is train."""
     if any(folder.rglob("*.parquet")):
         return datasets.load_dataset(str(folder))
-    splits = {_SPLIT_NAMES.get(sub.name, sub.name): sub for sub in sorted(folder.iterdir()) if sub.is_dir()}
-    splits = {name: sub for name, sub in splits.items() if name in SPLITS} or {"train": folder}
+    splits: dict[str, Path] = {}
+    for sub in sorted(folder.iterdir()):
+        name = _SPLIT_NAMES.get(sub.name.lower(), sub.name.lower())
+        if sub.is_dir() and name in SPLITS:
+            if name in splits:
+                raise ValueError(f"{splits[name].name} and {sub.name} are both the {name} split: rename one of them")
+            splits[name] = sub
+    splits = splits or {"train": folder}
     # Named one by one, for the library's own guess takes a class called "test" for a split, and [ in a path for a pattern.
     return datasets.load_dataset("imagefolder", data_files={name: f"{glob.escape(str(sub))}/**" for name, sub in splits.items()})
 
@@ -134,7 +139,12 @@ def _describe(name: str, loaded: datasets.DatasetDict, revision: str | None) -> 
     classes = features[labels[0]].names
     if len(classes) < 2:
         raise ValueError(f"{name} has only the class {classes[0]!r}: a classifier needs at least two")
-    return Source(name, revision, classes, splits, images[0], labels[0])
+    source = Source(name, revision, classes, splits, images[0], labels[0])
+    for split, rows in list(splits.items()):
+        if set(rows.data.column(labels[0]).unique().to_pylist()) <= {None, -1}:
+            print(f"Split {split} of {name} has no labels and is left out.")
+            del splits[split]
+    return source
 
 
 def stratified(labels: torch.Tensor, n: int, *keys: int) -> torch.Tensor:
@@ -201,16 +211,31 @@ def read_image(cell: dict, where: str) -> Image.Image:
         raise ValueError(f"cannot decode image {name}: {error or type(error).__name__}") from error
 
 
-def iterate_images(source: Source, split: str, rows: torch.Tensor, num_threads: int) -> Iterator[tuple[int, Image.Image]]:
-    """(row, RGB image) for each of `rows` in order, decoded by threads."""
+def reduced(image: Image.Image, short_side: int) -> Image.Image:
+    """The image, or where its short side is longer than that, or its long one than three times that, a smaller copy."""
+    scale = min(1.0, short_side / min(image.size), 3 * short_side / max(image.size))
+    if scale == 1.0:
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
+
+
+def iterate_images(
+    source: Source, split: str, rows: torch.Tensor, num_threads: int, short_side: int | None = None
+) -> Iterator[tuple[int, Image.Image]]:
+    """(row, RGB image) for each of `rows` in order, decoded, and reduced where short_side is given, by threads; 0: by none."""
+
+    def read(cell: dict, where: str) -> Image.Image:
+        image = read_image(cell, where)
+        return reduced(image, short_side) if short_side else image
+
     raw = source.splits[split].cast_column(source.image_column, datasets.Image(decode=False))
     raw = raw.select_columns([source.image_column])
-    with ThreadPoolExecutor(num_threads) as pool:
-        for start in range(0, len(rows), 256):
-            chunk = rows[start : start + 256].tolist()
+    with ThreadPoolExecutor(num_threads or 1) as pool:
+        for start in range(0, len(rows), 64):
+            chunk = rows[start : start + 64].tolist()
             cells = raw[chunk][source.image_column]
             places = [f"row {row} of split {split} of {source.name}" for row in chunk]
-            yield from zip(chunk, pool.map(read_image, cells, places), strict=True)
+            yield from zip(chunk, (pool.map if num_threads else map)(read, cells, places), strict=True)
 
 
 @dataclass
@@ -253,21 +278,25 @@ class Images:
 def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | None, num_threads: int, progress=None) -> Images:
     """Decode `rows` of the dataset's own `split`, all of them before anything is computed.
 
-    Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that. progress(n) is called as
-    images come. ValueError: an image that cannot be decoded, by name.
+    Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that (and long sides at three times
+    that). progress(n) is called as images come. ValueError: an image that cannot be decoded, by name.
     """
     keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
-    pixels = []
-    for _, image in iterate_images(source, split, rows, num_threads):
-        short = min(image.size)
-        if short > keep:
-            image = image.resize([max(1, round(side * keep / short)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
-        pixels.append(torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous())
+    pixels: torch.Tensor | list[torch.Tensor] = []
+    for position, (_, image) in enumerate(iterate_images(source, split, rows, num_threads, keep)):
+        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if position == 0:
+            pixels = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
+        elif isinstance(pixels, torch.Tensor) and pixels.shape[1:] != image.shape:
+            pixels = [*pixels[:position].clone()]  # not all of one size after all
+        if isinstance(pixels, torch.Tensor):
+            pixels[position] = image
+        else:
+            pixels.append(image.contiguous())
         if progress:
             progress(1)
     sizes = torch.tensor([image.shape[1:] for image in pixels])
-    uniform = bool((sizes == sizes[0]).all())
-    return Images(torch.stack(pixels) if uniform else pixels, sizes, source.labels(split)[rows], rows, source.classes)
+    return Images(pixels, sizes, source.labels(split)[rows], rows, source.classes)
 
 
 def own_size(images: Images) -> int:

@@ -67,7 +67,7 @@ def train_step(
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
-            logits = model(x)
+            logits = forward(model, x)
             losses = sum(
                 weight * F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.label_smoothing)
                 for weight, labels in targets
@@ -81,6 +81,19 @@ def train_step(
         accelerator.clip_grad_norm_(model.parameters(), objective.clip_grad)
     optimizer.step()
     return totals
+
+
+def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The model's logits. ValueError: a batch normalisation that is left with one number a channel."""
+    try:
+        return model(x)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: use another --batch-size, so that no batch or "
+            "micro-batch has one image, or a larger --image-size"
+        ) from error
 
 
 def make_inputs(batch: Batch, *, epoch: int, step: int, objective: Objective) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:

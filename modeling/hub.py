@@ -5,9 +5,11 @@ import urllib.error
 import urllib.request
 
 import datasets
+import httpx2
 import huggingface_hub
 
 TIMEOUT_SECONDS = 5
+HUB_ERRORS = (OSError, httpx2.HTTPError)  # what a download raises; an HfHubHTTPError is one of the latter
 
 
 @functools.cache

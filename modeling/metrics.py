@@ -9,6 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accura
 import evaluate
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
+_CACHE = tempfile.TemporaryDirectory()  # evaluate makes a folder even for what it keeps in memory
 _PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
 _PROBABILITIES = {"probabilities": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
 
@@ -19,7 +20,7 @@ class _Metric(evaluate.Metric):
     inputs = _PREDICTIONS
 
     def __init__(self):
-        super().__init__(keep_in_memory=True, cache_dir=tempfile.gettempdir())
+        super().__init__(keep_in_memory=True, cache_dir=_CACHE.name)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(description=self.__doc__, citation="", features=datasets.Features(self.inputs))

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from modeling.hub import prepare_hub
+from modeling.hub import HUB_ERRORS, prepare_hub
 
 
 def timm_name(model: str) -> str:
@@ -78,35 +78,39 @@ def hub_weights(model: str) -> Path:
     online = prepare_hub()
     try:
         return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, "model.safetensors"))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-        why = "it has no such file" if online else "it cannot be reached"
+    except HUB_ERRORS as error:
+        why = f"{error}".strip().split("\n")[0] or type(error).__name__ if online else "it cannot be reached"
         raise ValueError(f"no weights for {model} from the hub ({config.hf_hub_id}): {why}; {ways_out}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata. ValueError: missing, truncated, or something else, such as a pickle."""
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def open_safetensors(path: Path):
+    """The open file, whose lengths are checked by then. ValueError: missing, truncated, or something else, such as a pickle."""
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
         reason = "pickled checkpoints can run code and are not read" if path.suffix in (".pth", ".pt", ".bin") else str(error)
         raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
 
 
-def head_prefix(model: nn.Module) -> str:
-    """The name of the last Linear, whose shape follows the classes."""
-    config = getattr(model, "pretrained_cfg", None)
-    if config and config.get("classifier"):
-        return config["classifier"]
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+def head_keys(model: nn.Module) -> list[str]:
+    """The keys of the last layer, or of the two of a distilled model, whose shape follows the classes."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    heads = config.get("classifier") or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    heads = (heads,) if isinstance(heads, str) else heads
+    return [key for key in model.state_dict() if key.startswith(tuple(f"{head}." for head in heads))]
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a local file of timm or of ours into `model`; a head of other classes is left as it is. ValueError: keys or shapes differ."""
     state, _ = read_tensors(path)
-    head = head_prefix(model)
     target = model.state_dict()
     probe = isinstance(model, ViTLinearProbe)
     if not (probe and any(key.startswith("backbone.") for key in state)):
@@ -115,7 +119,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         state = adapt(state, backbone) if adapt else state  # timm's own: fits position embeddings to another image size
         if probe:
             state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("head.")}
-    for key in [k for k in target if k.startswith(head + ".")]:
+    for key in head_keys(model):
         if key not in state or state[key].shape != target[key].shape:
             state[key] = target[key]
     missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())

@@ -52,11 +52,11 @@ def forward_flops(model: nn.Module, image_size: int) -> int:
     return counter.get_total_flops()
 
 
-def full_steps(images: data.Images, *, seed: int, batch_size: int) -> Iterator[tuple[int, int, list[data.Batch]]]:
+def full_steps(images: data.Images, *, seed: int, batch_size: int, mix: bool) -> Iterator[tuple[int, int, list[data.Batch]]]:
     """(step, epoch, micro-batches) without end, only batches of `batch_size`."""
     step = epoch = 0
     while True:
-        for micro_batches in data.training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size):
+        for micro_batches in data.training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size, mix=mix):
             if len(micro_batches[0].weights) == batch_size:
                 yield step, epoch, micro_batches
                 step += 1
@@ -72,6 +72,7 @@ def profile_model(
     accelerator: Accelerator,
     optimizer: str = "adam",
     lr: float = 1e-3,
+    weight_decay: float = 0.0,
     batch_size: int = 32,
     num_steps: int = 100,
     output_dir: Path | None = None,
@@ -90,9 +91,9 @@ def profile_model(
     device = accelerator.device
     raw_model, size = model, objective.preprocessing.image_size
     total, trainable = count_parameters(raw_model)
-    model, optim = accelerator.prepare(raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=0.0))
+    model, optim = accelerator.prepare(raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=weight_decay))
     model.train()
-    steps = full_steps(images, seed=objective.seed, batch_size=batch_size)
+    steps = full_steps(images, seed=objective.seed, batch_size=batch_size, mix=objective.mixes)
 
     def training_step() -> None:
         step, epoch, micro_batches = next(steps)

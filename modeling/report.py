@@ -52,10 +52,10 @@ _STYLE = {
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of values as aligned text, numbers to the right."""
     columns = list(rows[0])
-    cells = [[_cell(column, row.get(column)) for column in columns] for row in rows]
+    cells = [[_cell(column, row[column]) for column in columns] for row in rows]
     headings = [_STYLE.get(column, (column, 4))[0] for column in columns]
     widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(columns))]
-    justify = [str.rjust if isinstance(rows[0][column], int | float) else str.ljust for column in columns]
+    justify = [str.rjust if any(isinstance(row[column], int | float) for row in rows) else str.ljust for column in columns]
     lines = [headings, ["-" * width for width in widths], *cells]
     return "\n".join("  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip() for line in lines)
 
@@ -63,7 +63,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _cell(column: str, value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.{_STYLE.get(column, (column, 4))[1]}f}"
-    return f"{value:,}" if isinstance(value, int) else str(value or "")
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
@@ -75,20 +75,25 @@ def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     return out.getvalue()
 
 
+def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv; none where there is no file. ValueError: the file is something else."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+        raise ValueError(f"{path} is not a metrics.csv of this program: move it away")
+    return rows
+
+
 def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write a row per (checkpoint, dataset, split); rows of other evaluations stay. ValueError: the file there is something else."""
-    old: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            old = list(reader)
-        if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
-            raise ValueError(f"{path} is not a metrics.csv of this program: move it away")
 
     def key(row: dict[str, Any]) -> tuple:
-        return tuple(str(row[column]) for column in ("checkpoint", "dataset", "split"))
+        return tuple(row[column] for column in ("checkpoint", "dataset", "split"))
 
-    merged = {key(row): row for row in [*old, *rows]}
+    merged = {key(row): row for row in [*read_metrics_csv(path), *rows]}
     write_text(path, csv_text(list(merged.values()), CSV_COLUMNS))
 
 
@@ -189,4 +194,4 @@ def _f1_rows(ranked: Sequence[Evaluated]) -> list[dict[str, Any]]:
         f1 = precision_recall_fscore_support(one.predictions.labels, one.predictions.predicted, labels=numbers, zero_division=0)[2]
         for number, value in zip(numbers, f1, strict=True):
             scores.setdefault(one.classes[number], {})[one.name] = float(value)
-    return [{"class": name, **values} for name, values in scores.items()]
+    return [{"class": name, **{one.name: values.get(one.name) for one in ranked}} for name, values in scores.items()]

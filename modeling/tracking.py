@@ -40,8 +40,10 @@ class Tracker:
         for name, parameter in model.named_parameters():
             for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if values is not None:
-                    values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)]
-                    self.writer.add_histogram(f"{kind}/{name}", values.float().cpu(), step)
+                    values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)].float().cpu()
+                    values = values[values.isfinite()]  # in fp16 a step that overflowed is skipped, and leaves such gradients
+                    if len(values):
+                        self.writer.add_histogram(f"{kind}/{name}", values, step)
         self.writer.flush()
 
     def close(self) -> None:

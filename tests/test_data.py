@@ -198,6 +198,41 @@ def test_images_of_many_shapes_keep_their_pixels_and_large_ones_are_reduced(tmp_
     assert data.own_size(images) == 224
 
 
+def test_threads_change_nothing_not_even_a_bit(clothing):
+    source = data.load_source(str(clothing))
+    rows = torch.arange(0, 3000, 20)
+    none, two = (data.decode(source, "train", rows, image_size=64, num_threads=n) for n in (0, 2))
+    assert isinstance(none.pixels, list)
+    assert all(torch.equal(a, b) for a, b in zip(none.pixels, two.pixels, strict=True))
+    assert torch.equal(none.sizes, two.sizes)
+
+
+def test_split_folders_in_any_case_and_never_two_for_one_split(tmp_path):
+    folder = make_image_folder(tmp_path / "a", {"Train": {"x": 3, "y": 3}, "Test": {"x": 2, "y": 1}})
+    assert {split: len(rows) for split, rows in data.load_source(str(folder)).splits.items()} == {"train": 6, "test": 3}
+    make_image_folder(folder, {"testing": {"x": 2, "y": 1}})
+    with pytest.raises(ValueError, match="Test and testing are both the test split"):
+        data.load_source(str(folder))
+
+
+def test_a_split_without_labels_is_left_out_and_said_so(tmp_path, capsys):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
+    for split, labels in (("train", [0, 1, 1]), ("test", [-1, -1, -1])):
+        rows = {"image": [Image.fromarray(ramp())] * 3, "label": labels}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    assert set(data.load_source(str(tmp_path)).splits) == {"train"}
+    assert "Split test" in capsys.readouterr().out
+    rows["label"] = [0, 1, -1]
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match="row 2 of split test has no label"):
+        data.load_source(str(tmp_path)).labels("test")
+
+
+def test_a_panorama_is_reduced_by_its_long_side():
+    assert data.reduced(Image.new("RGB", (10000, 10)), 256).size == (768, 1)
+    assert data.reduced(Image.new("RGB", (700, 100)), 256).size == (700, 100)
+
+
 def steps(n=23, **options):
     labels = torch.arange(n) % 4
     images = data.Images(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.full((n, 2), 2), labels, labels, [])

@@ -135,6 +135,20 @@ def test_a_folder_that_holds_something_else_is_left_alone(exported, source_folde
     assert_refused(call("export_data", "--val-fraction", "1.5"), "--val-fraction")
 
 
+def test_a_failed_second_export_leaves_the_first_and_its_manifest(tmp_path):
+    source = make_image_folder(tmp_path / "s", {"train": {"a": 10, "b": 10}})
+    arguments = ("--dataset", source, "--output-dir", tmp_path / "out")
+    assert_refused(call("export_data", *arguments, "--val-fraction", 0.001), "is empty")
+    assert not (tmp_path / "out").exists()
+    assert call("export_data", *arguments).status == 0
+    before = tree(tmp_path / "out")
+    (source / "train" / "a" / "3.png").write_bytes(b"broken")
+    assert_refused(call("export_data", *arguments), "3.png")
+    assert tree(tmp_path / "out") == before
+    (source / "train" / "a" / "3.png").unlink()
+    assert_refused(call("export_data", *arguments), "not of this export")
+
+
 def test_names_that_a_path_cannot_hold_are_encoded():
     assert [export_data.class_folder(name) for name in ("a/b", "..", ".", "x\\y", "50%", "plain")] == [
         "a%2Fb",

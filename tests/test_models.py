@@ -182,6 +182,13 @@ def test_our_own_weights_load_whole_or_with_a_new_head(tmp_path):
         assert all(torch.equal(value, other[key]) for key, value in original.state_dict().items() if key not in differing)
 
 
+def test_a_distilled_model_has_two_heads(tmp_path):
+    reference, path = timm_file(tmp_path, "deit_tiny_distilled_patch16_224")
+    model = models.build_model("timm/deit_tiny_distilled_patch16_224", num_classes=3, image_size=224, weights=path)
+    assert torch.equal(model.blocks[0].mlp.fc1.weight, reference.blocks[0].mlp.fc1.weight)
+    assert model.head.weight.shape == model.head_dist.weight.shape == (3, 192)
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     _, path = timm_file(tmp_path, "resnet18")
     with pytest.raises(ValueError, match="does not fit the model: it lacks"):

@@ -94,6 +94,16 @@ def test_the_comparison_ranks_and_subtracts():
     assert "different images" in report.compare_evaluations([worse, better])
 
 
+def test_checkpoints_of_other_classes_keep_their_columns():
+    few, many = evaluated("few", classes=["y", "z"], wrong=0.0), evaluated("many", classes=["x", "y", "z"])
+    text = report.compare_evaluations([few, many])
+    lines = text.splitlines()
+    start = lines.index("F1 of each class")
+    assert lines[start + 2].split() == ["class", "few", "many"]
+    assert {line.split()[0] for line in lines[start + 4 : start + 7]} == {"x", "y", "z"}
+    assert next(line for line in lines[start:] if line.startswith("x ")).split()[0] == "x"
+
+
 def test_one_checkpoint_needs_no_differences():
     text = report.compare_evaluations([evaluated()])
     assert "Differences" not in text

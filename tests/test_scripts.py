@@ -116,7 +116,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (("--model", "timm/nonesuch"), ("timm has no model 'nonesuch'",)),
         (("--dataset", "./absent"), ("no dataset './absent'",)),
         (("--dataset", "not a name"), ("no dataset 'not a name'",)),
-        (("--batch-size", "0"), ("--batch-size", "0 is not an integer in [1, inf)")),
+        (("--batch-size", "0"), ("--batch-size", "0 is not an integer from 1 to 2147483647")),
+        (("--batch-size", "99999999999999999999"), ("--batch-size",)),
         (("--batch-size", "many"), ("--batch-size", "'many'")),
         (("--val-fraction", "1.5"), ("--val-fraction", "1.5 is not a number in (0, 1)")),
         (("--epochs", "-1"), ("--epochs", "-1")),
@@ -155,6 +156,11 @@ def test_train_refuses_bad_folders(tmp_path):
     result = call("train", "--model", "cnn", "--dataset", broken, "--output-dir", tmp_path / "out")
     assert_refused(result, "cannot decode image", str(bad))
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_batch_of_one_that_batch_normalisation_cannot_train_on(tmp_path):
+    flags = ("--model", "resnet18", "--weights", "none", "--image-size", 32, "--limit-train", 33, "--output-dir", tmp_path)
+    assert_refused(call("train", *TINY, *flags), "batch normalisation cannot train on 1 image", "--batch-size")
 
 
 def test_an_unwritable_output_folder_is_refused_before_anything_is_spent(tmp_path):
