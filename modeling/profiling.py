@@ -69,7 +69,7 @@ def profile_model(
     images: data.Images,
     objective: Objective,
     *,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None = None,
     optimizer: str = "adam",
     lr: float = 1e-3,
     weight_decay: float = 0.0,
@@ -88,6 +88,7 @@ def profile_model(
     """
     if len(images) < batch_size:
         raise ValueError(f"--batch-size {batch_size} is more than the {len(images)} training images: use a smaller one")
+    accelerator = accelerator or Accelerator()
     device = accelerator.device
     raw_model, size = model, objective.preprocessing.image_size
     total, trainable = count_parameters(raw_model)

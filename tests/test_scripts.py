@@ -87,6 +87,38 @@ def test_every_accelerate_config_is_one_that_accelerate_reads(config):
     assert config.read_text().startswith("#")
 
 
+def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
+    def threads(*flags, **environment):
+        for name in ("ACCELERATE_MIXED_PRECISION", "OMP_NUM_THREADS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        torch.set_num_threads(7)
+        cli.make_accelerator(scripts.train.build_parser().parse_args(flags))
+        return torch.get_num_threads()
+
+    try:
+        assert threads() == cli.num_cores()
+        assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == cli.num_cores()
+        assert threads(OMP_NUM_THREADS="1") == 7, "without the launcher it is the user's, and torch's since it was imported"
+        assert threads(OMP_NUM_THREADS="7", ACCELERATE_MIXED_PRECISION="no") == 7
+        assert threads("--num-threads", "3", OMP_NUM_THREADS="7") == 3
+        with pytest.raises(ValueError, match="several processes are not supported yet"):
+            threads(WORLD_SIZE="2")
+    finally:
+        monkeypatch.undo()
+        torch.set_num_threads(cli.num_cores())
+
+
+def test_the_launchers_precision_is_the_default(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    parse = scripts.train.build_parser().parse_args
+    assert cli.make_accelerator(parse([])).mixed_precision == "bf16"
+    assert cli.make_accelerator(parse(["--mixed-precision", "no"])).mixed_precision == "no"
+    monkeypatch.undo()
+    assert cli.make_accelerator(parse([])).mixed_precision == "no"
+
+
 def test_an_interrupted_command_ends_with_130_in_one_line(monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
