@@ -15,7 +15,7 @@ $(SETUP): requirements.txt requirements-dev.txt
 
 demo: $(SETUP)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model cnn --dataset digits --augment none \
-		--epochs 12 --run-name demo --output-dir demo
+		--epochs 12 --best-metric loss --run-name demo --output-dir demo
 	$(BIN)/python evaluate.py --ckpt demo/checkpoints/demo_best.safetensors --output-dir demo
 
 test: $(SETUP)
