@@ -130,12 +130,14 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
     """What a person wants to see before a long run starts."""
     total, trainable = models.count_parameters(model)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
-    micro = math.ceil(args.batch_size / args.gradient_accumulation_steps / accelerator.num_processes)
+    accumulation = args.gradient_accumulation_steps
+    micro = math.ceil(args.batch_size / accumulation / accelerator.num_processes)
+    weights = "random" if args.weights == "none" or (args.weights == "default" and args.model in models.FROM_SCRATCH) else args.weights
     return "\n".join(
         [
-            f"model      {args.model}, {args.image_size} px, weights {args.weights}: {total:,} parameters, {trainable:,} trainable",
+            f"model      {args.model}, {args.image_size} px, weights {weights}: {total:,} parameters, {trainable:,} trainable",
             f"data       {args.dataset}: {counts}; augment {args.augment}",
-            f"batch      {args.batch_size} = {accelerator.num_processes} x {args.gradient_accumulation_steps} accumulated x {micro} images",
+            f"batch      {args.batch_size} = processes {accelerator.num_processes} x accumulation {accumulation} x micro-batch {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
             f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
@@ -265,10 +267,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             if last:
                 checkpoint.save_checkpoint(paths["final"], raw_model.state_dict(), header, clock)
         tracker.record("epoch", step=step, epoch=epoch + 1, **record)
-        progress.say(
-            f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  train {record['train_loss']:.4f}, "
-            f"{record['train_accuracy']:.4f}  validation {scores['loss']:.4f}, {scores['accuracy']:.4f}{'  best' if is_best else ''}"
-        )
+        train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
+        validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
+        progress.say(f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  {train_text}  {validation_text}")
         if last:
             break
     progress.close()

@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are ValueErrors, so that a script and its Python API say the same; no abbreviations."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            usage="%(prog)s [flags]", description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def error(self, message: str):
         raise ValueError(f"{message} (see --help)")

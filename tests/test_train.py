@@ -129,7 +129,7 @@ def test_a_flag_changes_the_training_and_is_in_the_header(plain, tmp_path, flags
 
 def test_accumulation_and_workers_change_nothing(plain, tmp_path):
     other = run(tmp_path, "--epochs", 2, "--gradient-accumulation-steps", 4, "--num-workers", 1)
-    assert "32 = 1 x 4 accumulated x 8 images" in other.out
+    assert "32 = processes 1 x accumulation 4 x micro-batch 8" in other.out
     assert [r["train_loss"] for r in other.epochs] == pytest.approx([r["train_loss"] for r in plain.epochs], rel=1e-4)
 
 
