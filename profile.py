@@ -16,6 +16,8 @@ else:
     from pathlib import Path
     from typing import Any
 
+    import torch
+
     from modeling import checkpoint, cli, data, models, profiling, recipes, report
     from modeling.engine import Objective
 
@@ -70,6 +72,7 @@ else:
         own, rows = data.divide(source, "train", val_fraction=0.1, seed=42, limit_train=max(1024, args.batch_size))
         largest = max(args.image_size or models.default_image_size(name) or 0 for name in args.models)
         images = data.decode(source, own, rows, image_size=largest, num_threads=args.num_workers)
+        print(f"{accelerator.device}, {torch.get_num_threads()} threads, {cli.precision_text(accelerator)}", flush=True)
         results = [profile_one(name, images, args, accelerator) for name in args.models]
         comparison = report.compare_models(results)
         traces = args.output_dir / "traces"

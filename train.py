@@ -112,8 +112,12 @@ def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.I
     limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
     wanted = ["train"] if args.sanity_check else ["train", "validation", *(["test"] if "test" in source.splits else [])]
     rows = {split: data.divide(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits) for split in wanted}
+    own, train_rows = rows["train"]
+    trained = set(source.labels(own)[train_rows].tolist())
+    untrained = [name for number, name in enumerate(source.classes) if number not in trained]
+    if untrained:
+        print(f"No training image has the class {', '.join(map(repr, untrained[:5]))}{' ...' if len(untrained) > 5 else ''}.")
     if args.sanity_check:
-        own, train_rows = rows["train"]
         count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
         chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
         rows["train"] = own, train_rows[chosen]
@@ -140,7 +144,7 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
             f"batch      {args.batch_size} = processes {accelerator.num_processes} x accumulation {accumulation} x micro-batch {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
-            f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, precision {accelerator.mixed_precision}",
+            f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, {cli.precision_text(accelerator)}",
         ]
     )
 

@@ -92,7 +92,7 @@ def num_cores() -> int:
 
 
 def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
-    """Set the threads, build the Accelerator, and say what it runs on. ValueError: what this machine cannot do."""
+    """Set the threads and build the Accelerator. ValueError: what this machine cannot do."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes are not supported yet: launch with --num_processes 1")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -105,12 +105,16 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     on_cpu = accelerator.device.type == "cpu"
     if accelerator.mixed_precision == "fp16" and on_cpu:
         raise ValueError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
-    if accelerator.mixed_precision == "no":
-        capabilities = torch.cpu.get_capabilities()
-        fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
-        if fast:
-            print(f"This {'CPU' if on_cpu else 'GPU'} has fast bf16, and it is off: --mixed-precision bf16 turns it on.")
     return accelerator
+
+
+def precision_text(accelerator: accelerate.Accelerator) -> str:
+    """The precision, and where the hardware has fast bf16 that is off, that it has."""
+    precision, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") if on_cpu else torch.cuda.is_bf16_supported(False)
+    hint = f" (this {'CPU' if on_cpu else 'GPU'} has fast bf16: --mixed-precision bf16)"
+    return f"precision {precision}{hint if precision == 'no' and fast else ''}"
 
 
 class Progress:

@@ -100,7 +100,8 @@ def load_source(name: str) -> Source:
             raise ValueError(f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files") from error
         if not online:
             raise ValueError(
-                f"dataset {hub_id} is not cached and the hub cannot be reached: check the network, or give a local folder with --dataset"
+                f"dataset {hub_id} is no folder here, it is not cached, and the hub cannot be reached: check the network, or give "
+                "--dataset digits or a local folder"
             ) from error
         raise ValueError(f"dataset {hub_id} could not be loaded from the hub: {detail}") from error
     revision = None
@@ -116,10 +117,13 @@ def _load_folder(folder: Path) -> datasets.DatasetDict:
     splits: dict[str, Path] = {}
     for sub in sorted(folder.iterdir()):
         name = _SPLIT_NAMES.get(sub.name.lower(), sub.name.lower())
-        if sub.is_dir() and name in SPLITS:
+        if name in SPLITS and sub.is_dir() and any(child.is_dir() for child in sub.iterdir()):  # else it is a class of that name
             if name in splits:
                 raise ValueError(f"{splits[name].name} and {sub.name} are both the {name} split: rename one of them")
             splits[name] = sub
+    ignored = [sub.name for sub in folder.iterdir() if sub.is_dir() and sub not in splits.values()]
+    if splits and ignored:
+        print(f"{folder}: {', '.join(sub.name for sub in splits.values())} are splits; left out: {', '.join(sorted(ignored))}")
     splits = splits or {"train": folder}
     # Named one by one, for the library's own guess takes a class called "test" for a split, and [ in a path for a pattern.
     return datasets.load_dataset("imagefolder", data_files={name: f"{glob.escape(str(sub))}/**" for name, sub in splits.items()})
@@ -300,7 +304,7 @@ def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | 
 
 
 def own_size(images: Images) -> int:
-    """The side that images have by themselves, in pixels: 224 at most, and where they are not all one square."""
+    """The side that images have by themselves, in pixels: 224 at most, and 224 where they are not all squares of one size."""
     side = int(images.sizes[0, 0])
     return min(side, 224) if bool((images.sizes == side).all()) else 224
 

@@ -215,6 +215,16 @@ def test_split_folders_in_any_case_and_never_two_for_one_split(tmp_path):
         data.load_source(str(folder))
 
 
+def test_classes_called_as_splits_are_classes(tmp_path, capsys):
+    make_image_folder(tmp_path / "flat", {".": {"test": 3, "zz": 4}})
+    source = data.load_source(str(tmp_path / "flat"))
+    assert (source.classes, {split: len(rows) for split, rows in source.splits.items()}) == (["test", "zz"], {"train": 7})
+    make_image_folder(tmp_path / "deep", {"train": {"a": 3, "test": 4}, "spare": {"a": 1}})
+    source = data.load_source(str(tmp_path / "deep"))
+    assert (source.classes, {split: len(rows) for split, rows in source.splits.items()}) == (["a", "test"], {"train": 7})
+    assert "left out: spare" in capsys.readouterr().out
+
+
 def test_a_split_without_labels_is_left_out_and_said_so(tmp_path, capsys):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
     for split, labels in (("train", [0, 1, 1]), ("test", [-1, -1, -1])):

@@ -312,6 +312,14 @@ def test_images_of_many_shapes_train_and_a_folder_of_ones_own(tmp_path):
     assert "test accuracy" not in result.out
 
 
+def test_a_class_without_training_images_is_said(tmp_path):
+    folder = make_image_folder(tmp_path / "i", {"train": {"x": 9, "y": 9}, "test": {"x": 2, "new": 2}})
+    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--max-steps", 1, "--output-dir", tmp_path)
+    result = call("train", *flags)
+    assert result.status == 0, result.err
+    assert "No training image has the class 'new'." in result.out
+
+
 def test_the_python_api_is_the_command(tmp_path, plain):
     options = dict(model="cnn_small", dataset="digits", limit_train=96, limit_eval=40, batch_size=32, epochs=2, output_dir=tmp_path)
     result = scripts.train.train_model(**options)
