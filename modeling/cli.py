@@ -31,18 +31,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (see --help)")
 
     def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
-        """Parse keyword options as if they were flags: learning_rate=0.1 is --learning-rate 0.1, True the flag alone."""
+        """Parse keyword options as if they were flags: batch_size=64 is --batch-size 64, True the flag alone, None and False nothing."""
         argv = []
         for name, value in options.items():
-            flag = "--" + name.replace("_", "-")
-            if value is None:
-                continue
-            if isinstance(value, bool):
-                argv += [flag] if value else []
-            elif isinstance(value, list | tuple):
-                argv += [flag, *map(str, value)]
-            else:
-                argv += [flag, str(value)]
+            if value is not None and value is not False:
+                argv += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
         return self.parse_args(argv)
 
 

@@ -23,7 +23,7 @@ class Tracker:
             self.lines = (folder / "metrics.jsonl").open("w")
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """A line of metrics.jsonl, and a TensorBoard scalar a value: the part after the first "_" groups the first's charts."""
+        """A line of metrics.jsonl, and a TensorBoard scalar for each value: train_loss is loss/train, beside loss/validation."""
         if not self.enabled:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

@@ -72,28 +72,26 @@ def make_image_folder(root: Path, counts: dict[str, dict[str, int]], size=(20, 1
     return root
 
 
+def real_images(name: str) -> Path:
+    """A folder of real images. The test is skipped where they are not."""
+    if not (DATA / name).is_dir():
+        pytest.skip(f"the real images {name} are not in {DATA}: set IMAGE_DATA to a folder that holds {name}/")
+    return DATA / name
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
-    path = DATA / "cifar10"
-    if not path.is_dir():
-        pytest.skip(f"real CIFAR-10 is not in {path}: set IMAGE_DATA to a folder that holds cifar10/")
-    return path
+    return real_images("cifar10")
 
 
 @pytest.fixture(scope="session")
 def stl10_sample() -> Path:
-    path = DATA / "stl10-sample"
-    if not path.is_dir():
-        pytest.skip(f"the STL-10 sample is not in {path}: set IMAGE_DATA to a folder that holds stl10-sample/")
-    return path
+    return real_images("stl10-sample")
 
 
 @pytest.fixture(scope="session")
 def clothing() -> Path:
-    path = DATA / "clothing"
-    if not path.is_dir():
-        pytest.skip(f"the clothing images are not in {path}: set IMAGE_DATA to a folder that holds clothing/")
-    return path
+    return real_images("clothing")
 
 
 TINY = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 96, "--limit-eval", 40, "--batch-size", 32)

@@ -1,5 +1,6 @@
 """The commands as a user runs them: by path, from any folder, under the launcher; and what they refuse."""
 
+import json
 import os
 import re
 import sys
@@ -133,8 +134,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(scripts.train, "run_training", lambda args: torch.zeros(2).view(3))
     with pytest.raises(RuntimeError, match="shape"):
         call("train")
-    monkeypatch.setattr(scripts.train, "run_training", lambda args: timm.create_model("resnet18", output_stride=3))
-    with pytest.raises((ValueError, AssertionError)):
+    monkeypatch.setattr(scripts.train, "run_training", lambda args: json.loads("{"))  # a ValueError, but a library's
+    with pytest.raises(ValueError, match="Expecting property name"):
         call("train")
 
 
