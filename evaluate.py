@@ -19,13 +19,14 @@ else:
 
     from modeling import checkpoint, cli, data, metrics, models, report
     from modeling.engine import predict
+    from modeling.transforms import Preprocessing
 
     load_source = functools.cache(data.load_source)
 
     def build_parser() -> cli.Parser:
         parser = cli.Parser(__doc__)
         parser.add_argument("--ckpt", type=Path, nargs="+", required=True, metavar="FILE", help="checkpoints that train.py wrote")
-        parser.add_argument("--dataset", help="stl10, cifar10, digits, a hub id or a local folder (default: the checkpoint's)")
+        parser.add_argument("--dataset", help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: the checkpoint's)")
         parser.add_argument("--split", choices=data.SPLITS, help="(default: test where the dataset has one, else validation)")
         parser.add_argument("--batch-size", type=cli.POSITIVE_INT, default=64, help="images at a time (default: 64)")
         parser.add_argument("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="evaluate a stratified subset of N images")
@@ -55,7 +56,9 @@ else:
         def __init__(self, name: str, path: Path, args: Any):
             self.name, self.path = name, path
             self.header = checkpoint.read_header(path)
-            self.source = load_source(args.dataset or self.header["dataset"]["name"])
+            trained_on = self.header["dataset"]
+            own = trained_on["name"] + (f"@{trained_on['revision']}" if trained_on["revision"] else "")
+            self.source = load_source(args.dataset or own)
             self.numbers = match_classes(path, self.header["classes"], self.source)
             self.split = args.split or ("test" if "test" in self.source.splits else "validation")
             trained = self.header["arguments"]
@@ -75,7 +78,7 @@ else:
             model = accelerator.prepare(model)
             with cli.Progress(len(images), f"evaluating {self.name}") as progress:
                 options = dict(batch_size=args.batch_size, device=accelerator.device, progress=progress.update)
-                predictions = predict(model, images, checkpoint.preprocessing_from(header), **options)
+                predictions = predict(model, images, Preprocessing.from_json(header["preprocessing"]), **options)
             row = {
                 "checkpoint": str(self.path),
                 "model": header["model"]["name"],

@@ -29,7 +29,9 @@ MANIFEST = "manifest.json"
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a local folder (default: stl10)")
+    parser.add_argument(
+        "--dataset", default="stl10", help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("data"), help="the folder to fill or verify (default: data)")
     parser.add_argument(
         "--val-fraction", type=cli.FRACTION, help="share of train for val, where the dataset has none (default: stl10 0.2, else 0.1)"

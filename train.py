@@ -34,7 +34,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     basic = parser.add_argument_group("the usual")
     basic.add_argument("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
-    basic.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a local folder (default: stl10)")
+    basic.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)")
     basic.add_argument("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
     basic.add_argument("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes (default: the recipe's)")
     basic.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
@@ -63,7 +63,9 @@ def build_parser() -> cli.Parser:
     )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--weights", default="default", help="default (the hub's, for a pretrained model), none, or a safetensors file")
+    group.add_argument(
+        "--weights", default="default", help="default (the hub's, for a pretrained model), none, hf-hub:ORG/NAME or a safetensors file"
+    )
     group.add_argument(
         "--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: the pretrained model's, else the images', 224 at most)"
     )
@@ -100,13 +102,13 @@ def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
 
 
 def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
-    """A pretrained model's own size; from scratch the images' own, and 224 for the reference recipes on STL-10."""
+    """For a model from scratch the images' own size, and 224 for the reference recipes on STL-10."""
     published = 224 if args.recipe == "reference" and data.is_stl10(args.dataset) else None
-    return models.default_image_size(args.model) or published or data.own_size(images)
+    return published or data.own_size(images)
 
 
-def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.Images]]:
-    """Decode every image that the run will use."""
+def load_images(args: argparse.Namespace, size: int | None) -> tuple[data.Source, dict[str, data.Images]]:
+    """Decode every image that the run will use, at the model's `size` where that is known by now."""
     source = data.load_source(args.dataset)
     args.val_fraction = args.val_fraction or data.default_val_fraction(args.dataset)
     limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
@@ -121,7 +123,6 @@ def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.I
         count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
         chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
         rows["train"] = own, train_rows[chosen]
-    size = args.image_size or models.default_image_size(args.model)
     with cli.Progress(sum(len(r) for _, r in rows.values()), "decoding") as progress:
         images = {
             split: data.decode(source, own, r, image_size=size, num_threads=args.num_workers, progress=progress.update)
@@ -130,16 +131,16 @@ def load_images(args: argparse.Namespace) -> tuple[data.Source, dict[str, data.I
     return source, images
 
 
-def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Images], model: torch.nn.Module, total_steps: int) -> str:
+def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Images], model, weights, preprocessing, total_steps) -> str:
     """What a person wants to see before a long run starts."""
     total, trainable = models.count_parameters(model)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
     accumulation = args.gradient_accumulation_steps
     micro = math.ceil(args.batch_size / accumulation / accelerator.num_processes)
-    weights = "random" if args.weights == "none" or (args.weights == "default" and args.model in models.FROM_SCRATCH) else args.weights
     return "\n".join(
         [
-            f"model      {args.model}, {args.image_size} px, weights {weights}: {total:,} parameters, {trainable:,} trainable",
+            f"model      {args.model}, weights {weights}: {total:,} parameters, {trainable:,} trainable",
+            f"input      {preprocessing}",
             f"data       {args.dataset}: {counts}; augment {args.augment}",
             f"batch      {args.batch_size} = processes {accelerator.num_processes} x accumulation {accumulation} x micro-batch {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
@@ -152,16 +153,16 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
     # ---- arguments, recipe, data -----------------------------------------------------------------------------------------------
     models.check_model_name(args.model)
-    if args.weights not in ("default", "none") and not Path(args.weights).is_file():
-        raise ValueError(f"--weights {args.weights}: no such file; give default, none, or a safetensors file")
     run = args.run_name = models.file_name(args.model) if args.run_name is None else args.run_name
     if Path(run).name != run or run.startswith(".") or not run:
         raise ValueError(f"--run-name {run!r} must be a plain file name")
     accelerator = cli.make_accelerator(args)
     if not args.sanity_check:
         cli.check_output_dir(args.output_dir, "checkpoints", "runs")
-    source, images = load_images(args)
-    args.image_size = args.image_size or choose_image_size(args, images["train"])
+    weights = models.find_weights(args.model, args.weights)
+    size = args.image_size or models.default_image_size(args.model, weights)
+    source, images = load_images(args, size)
+    args.image_size = size or choose_image_size(args, images["train"])
     recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
     args.schedule = recipe.schedule
     resolve(args, recipe)
@@ -176,10 +177,10 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     )
     model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": args.image_size}
     torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
-    raw_model = models.build_model(**model_args, weights=args.weights)
+    raw_model = models.build_model(**model_args, weights=weights.path)
     optimizer = build_optimizer(args.optimizer, raw_model, lr=args.lr, weight_decay=args.weight_decay)
     objective = Objective(
-        preprocessing=models.preprocessing(args.model, recipe, args.image_size),
+        preprocessing=models.preprocessing(args.model, recipe, args.image_size, weights),
         augment=args.augment,
         label_smoothing=args.label_smoothing,
         mixup=args.mixup,
@@ -199,7 +200,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     args.epochs = math.ceil(total_steps / steps_per_epoch)
-    print(describe(args, accelerator, images, raw_model, total_steps), flush=True)
+    print(describe(args, accelerator, images, raw_model, weights, objective.preprocessing, total_steps), flush=True)
 
     header = checkpoint.make_header(
         model=model_args,
@@ -207,6 +208,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         preprocessing=objective.preprocessing,
         arguments=vars(args) | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
         dataset={"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
+        weights=weights,
     )
     moved = checkpoint.move_aside(args.output_dir, run)
     if moved:

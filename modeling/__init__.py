@@ -7,7 +7,7 @@ cnn, vit     SimpleCNN and SimpleViT, plain modules
 pretrained   timm backbones: a new head, freezing, hub or local weights
 models       build_model: from a name to a module
 transforms   augmentation, resizing and normalising of a uint8 batch
-hub          whether the hub answers, asked once
+hub          downloads from the Hugging Face hub, and its cache
 data         a dataset's name or folder -> splits -> images in memory -> batches
 schedule     the learning rate as a pure function of the step
 engine       train_step and predict: the numeric path

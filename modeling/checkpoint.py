@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from modeling.models import build_model
-from modeling.pretrained import open_safetensors, read_tensors
+from modeling.pretrained import HEADER_KEY, Weights, open_safetensors, read_tensors
 from modeling.transforms import Preprocessing
 
 FORMAT_VERSION = 1
-_KEY = "checkpoint"  # one key: safetensors writes several in random order
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -77,9 +76,15 @@ def versions() -> dict[str, str]:
 
 
 def make_header(
-    *, model: dict[str, Any], classes: list[str], preprocessing: Preprocessing, arguments: dict[str, Any], dataset: dict[str, Any]
+    *,
+    model: dict[str, Any],
+    classes: list[str],
+    preprocessing: Preprocessing,
+    arguments: dict[str, Any],
+    dataset: dict[str, Any],
+    weights: Weights,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, the data, the versions."""
+    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, data, first weights, versions."""
     return {
         "model": model,
         "classes": classes,
@@ -87,6 +92,7 @@ def make_header(
         # where it was written and how many threads decoded change nothing of what was computed
         "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "num_workers")},
         "dataset": dataset,
+        "weights": {"source": weights.source, "revision": weights.revision},
         "versions": versions(),
         "git_commit": git_commit(),
     }
@@ -98,7 +104,7 @@ def save_checkpoint(path: Path, state: dict[str, torch.Tensor], header: dict[str
     header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with atomic_write(path) as file:
-        file.write(safetensors.torch.save(state, metadata={_KEY: json.dumps(header, allow_nan=False, sort_keys=True)}))
+        file.write(safetensors.torch.save(state, metadata={HEADER_KEY: json.dumps(header, allow_nan=False, sort_keys=True)}))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -108,9 +114,9 @@ def read_header(path: str | Path) -> dict[str, Any]:
 
 
 def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if _KEY not in metadata:
+    if HEADER_KEY not in metadata:
         raise ValueError(f"{path} holds weights but no description of a model: give a checkpoint that train.py wrote")
-    header = json.loads(metadata[_KEY])
+    header = json.loads(metadata[HEADER_KEY])
     if header["format_version"] > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {header['format_version']}, newer than this program's {FORMAT_VERSION}: update it")
     return header
@@ -128,12 +134,6 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     if missing or unexpected:
         raise ValueError(f"{path} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model.eval(), header
-
-
-def preprocessing_from(header: dict[str, Any]) -> Preprocessing:
-    """The preprocessing that a checkpoint's header holds."""
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in header["preprocessing"].items()}
-    return Preprocessing(**fields)
 
 
 def move_aside(output_dir: Path, run: str) -> Path | None:

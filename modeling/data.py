@@ -4,6 +4,7 @@ Images are decoded once, before training, into uint8 tensors; what is random abo
 step (modeling/randomness.py).
 """
 
+import errno
 import glob
 import hashlib
 import io
@@ -19,16 +20,20 @@ import torch
 from PIL import Image, ImageOps
 
 from modeling import randomness
-from modeling.hub import HUB_ERRORS, prepare_hub
+from modeling.hub import download
 
 HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
+PROMISES = {  # classes and side of what these repositories hold, in splits train and test
+    HUB_NAMES["stl10"]: ("airplane bird car cat deer dog horse monkey ship truck".split(), 96),
+    HUB_NAMES["cifar10"]: ("airplane automobile bird cat deer dog frog horse ship truck".split(), 32),
+}
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
 
 
 def is_stl10(dataset: str) -> bool:
-    return dataset in ("stl10", HUB_NAMES["stl10"])
+    return dataset.partition("@")[0] in ("stl10", HUB_NAMES["stl10"])
 
 
 def default_val_fraction(dataset: str) -> float:
@@ -84,34 +89,51 @@ def load_source(name: str) -> Source:
     if name == "digits":
         return _describe(name, digits(), revision=None)
     path = Path(name).expanduser()
-    local = path.is_dir() and name not in HUB_NAMES
-    hub_id = HUB_NAMES.get(name, name)
-    if not local:
-        if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id) or hub_id.startswith("."):
-            raise ValueError(f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name, or a folder that exists")
-        online = prepare_hub()
+    if path.is_dir() and name not in HUB_NAMES:
+        return _describe(str(path.resolve()), _load(name, _load_folder, path.resolve()), revision=None)
+    hub_id, at, revision = name.partition("@")
+    hub_id = HUB_NAMES.get(hub_id, hub_id)
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) or bool(at) != bool(revision):
+        raise ValueError(
+            f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name or owner/name@revision, or a folder that exists"
+        )
+    folder = download(hub_id, repo_type="dataset", revision=revision or None)
+    source = _describe(hub_id, _load(hub_id, datasets.load_dataset, folder), revision=folder.name)
+    if hub_id in PROMISES:
+        _check_promise(source, *PROMISES[hub_id])
+    return source
+
+
+def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
+    """What `loader` makes of a folder, as a DatasetDict. ValueError: nothing that `datasets` can read."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
-        loaded = _load_folder(path.resolve()) if local else datasets.load_dataset(hub_id)
-    except (*HUB_ERRORS, ValueError, datasets.exceptions.DatasetsError) as error:
+        return loader(str(folder))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         detail = f"{error.__cause__ or error or type(error).__name__}".strip().split("\n")[0]
-        if local:
-            raise ValueError(f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files") from error
-        if not online:
-            raise ValueError(
-                f"dataset {hub_id} is no folder here, it is not cached, and the hub cannot be reached: check the network, or give "
-                "--dataset digits or a local folder"
-            ) from error
-        raise ValueError(f"dataset {hub_id} could not be loaded from the hub: {detail}") from error
-    revision = None
-    for url in () if local else next(iter(loaded.values())).info.download_checksums or ():
-        revision = (re.findall(r"@([0-9a-f]{40})/", url) or [revision])[0]
-    return _describe(str(path.resolve()) if local else hub_id, loaded, revision)
+        raise ValueError(f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files") from error
 
 
-def _load_folder(folder: Path) -> datasets.DatasetDict:
+def _check_promise(source: Source, classes: list[str], side: int) -> None:
+    """ValueError: the repository that an alias names holds something else than the dataset of that name."""
+    cell = source.splits[next(iter(source.splits))].cast_column(source.image_column, datasets.Image(decode=False))[0]
+    size = read_image(cell[source.image_column], f"row 0 of {source.name}").size
+    for what, found, promised in (
+        ("classes", sorted(source.classes), sorted(classes)),
+        ("splits", sorted(source.splits.keys() & {"train", "test"}), ["test", "train"]),
+        ("image size", size, (side, side)),
+    ):
+        if found != promised:
+            text = f"{source.name} at {source.revision} has the {what} {found}, where {promised} was promised"
+            raise ValueError(f"{text}: name an older revision with --dataset {source.name}@REVISION, or a local folder")
+
+
+def _load_folder(path: str) -> datasets.DatasetDict:
     """Parquet files as `datasets` finds them; else an ImageFolder, whose splits are its folders of those names, or all is train."""
+    folder = Path(path)
     if any(folder.rglob("*.parquet")):
         return datasets.load_dataset(str(folder))
     splits: dict[str, Path] = {}

@@ -1,5 +1,6 @@
 """build_model: from a name to a module, and what its input must look like."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,17 @@ def file_name(model: str) -> str:
     return model.replace("/", "_")
 
 
-def build_model(name: str, *, num_classes: int, image_size: int, weights: str = "none", **model_args: Any) -> nn.Module:
+def build_model(name: str, *, num_classes: int, image_size: int, weights: Path | None = None, **model_args: Any) -> nn.Module:
     """A model: (B, 3, image_size, image_size) float32 -> logits (B, num_classes).
 
-    weights: "none" draws them from torch's generator; "default" takes the hub's for a pretrained backbone, and none for a model
-    from scratch; else the path of a safetensors file. model_args go to the constructor. ValueError: an unknown name, a size that
-    the model cannot take, weights that cannot be had or do not fit.
+    Its weights are drawn from torch's generator, and then, where `weights` is a safetensors file, read from that; model_args go to
+    the constructor. ValueError: an unknown name, a size that the model cannot take, weights that do not fit.
     """
     check_model_name(name)
     constructor = MODELS.get(name) or functools.partial(pretrained.create_backbone, name)
     model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
-    if weights == "default" and name not in FROM_SCRATCH:
-        pretrained.load_weights(model, pretrained.hub_weights(name))
-    elif weights not in ("default", "none"):
-        pretrained.load_weights(model, Path(weights))
+    if weights:
+        pretrained.load_weights(model, weights)
     return model
 
 
@@ -65,23 +63,20 @@ def model_arguments(
     return arguments
 
 
-def default_image_size(name: str) -> int | None:
-    """The size a pretrained backbone was trained at; None for a model from scratch, which takes the images' own."""
-    return None if name in FROM_SCRATCH else pretrained.pretrained_config(name).input_size[-1]
+def find_weights(name: str, wanted: str = "none") -> pretrained.Weights:
+    """pretrained.find_weights for any of our models."""
+    return pretrained.find_weights(name, wanted, from_scratch=name in FROM_SCRATCH)
 
 
-def preprocessing(name: str, recipe: recipes.Recipe, image_size: int) -> Preprocessing:
-    """Resize, no crop, and the recipe's mean and std from scratch; what the weights' own timm config says for a backbone."""
-    if name in FROM_SCRATCH:
-        return Preprocessing(image_size=image_size, mean=recipe.mean, std=recipe.std)
-    config = pretrained.pretrained_config(name)
-    return Preprocessing(
-        image_size=image_size,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        crop_fraction=config.crop_pct,
-        interpolation="bilinear" if config.interpolation == "bilinear" else "bicubic",
-    )
+def default_image_size(name: str, weights: pretrained.Weights | None = None) -> int | None:
+    """The size a backbone's weights were trained at; None for a model from scratch, which takes the images' own."""
+    return None if name in FROM_SCRATCH else (weights or find_weights(name)).preprocessing.image_size
+
+
+def preprocessing(name: str, recipe: recipes.Recipe, image_size: int, weights: pretrained.Weights | None = None) -> Preprocessing:
+    """What the weights were trained with; for random ones, the recipe's mean and std, and no crop, or timm's record of a backbone."""
+    own = (weights or find_weights(name)).preprocessing or Preprocessing(image_size=image_size, mean=recipe.mean, std=recipe.std)
+    return dataclasses.replace(own, image_size=image_size)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

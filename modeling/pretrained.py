@@ -1,17 +1,23 @@
 """timm backbones: a new head, freezing, weights from the hub or a local file. timm: https://github.com/huggingface/pytorch-image-models."""
 
 import difflib
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import huggingface_hub
 import safetensors
 import safetensors.torch
 import timm
 import torch
 from torch import nn
 
-from modeling.hub import HUB_ERRORS, prepare_hub
+from modeling.hub import download
+from modeling.transforms import Preprocessing
+
+HEADER_KEY = "checkpoint"  # of a checkpoint's metadata; one key: safetensors writes several in random order
+HUB_FILE = "model.safetensors"
 
 
 def timm_name(model: str) -> str:
@@ -69,18 +75,59 @@ class ViTLinearProbe(nn.Module):
         return self.head(self.dropout(features))  # (B, num_classes)
 
 
-def hub_weights(model: str) -> Path:
-    """The model's safetensors file from the hub or its cache. ValueError: no network and no copy, or no such file."""
-    config = pretrained_config(model)
-    ways_out = "give a local file with --weights FILE.safetensors, or start from random weights with --weights none"
-    if not config.hf_hub_id:
-        raise ValueError(f"timm has no hub weights for {model}: {ways_out}")
-    online = prepare_hub()
-    try:
-        return Path(huggingface_hub.hf_hub_download(config.hf_hub_id, "model.safetensors"))
-    except HUB_ERRORS as error:
-        why = f"{error}".strip().split("\n")[0] or type(error).__name__ if online else "it cannot be reached"
-        raise ValueError(f"no weights for {model} from the hub ({config.hf_hub_id}): {why}; {ways_out}") from error
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's first weights come from: a file or none (random), its name and hub commit, and the input that it wants."""
+
+    path: Path | None = None
+    source: str = "random"
+    revision: str | None = None
+    preprocessing: Preprocessing | None = None
+
+    def __str__(self) -> str:
+        return self.source + (f" at {self.revision[:7]}" if self.revision else "")
+
+
+def find_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
+    """Find, and download where needed, the file that --weights means: default, none, hf-hub:ORG/NAME[@REVISION], or a file's path.
+
+    Its preprocessing is what the file's own header says where it is a checkpoint of ours, else the repository's config.json, else
+    timm's record of the model. ValueError: no such file or repository, no safetensors file in it, or one of another architecture.
+    """
+    own = None if from_scratch else _preprocessing(vars(pretrained_config(model)))
+    if wanted == "none" or (wanted == "default" and from_scratch):
+        return Weights(preprocessing=own)
+    if wanted != "default" and not wanted.startswith("hf-hub:"):
+        path = Path(wanted).expanduser()
+        if not path.exists():
+            raise ValueError(f"--weights {wanted}: no such file; give default, none, hf-hub:ORG/NAME or a safetensors file")
+        with open_safetensors(path) as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+        return Weights(path, wanted, None, Preprocessing.from_json(header["preprocessing"]) if header else own)
+    hub_id = pretrained_config(model).hf_hub_id if wanted == "default" else wanted.removeprefix("hf-hub:")
+    if not hub_id:
+        raise ValueError(f"timm has no hub weights for {model}: give --weights FILE.safetensors, or --weights none for random ones")
+    hub_id, _, revision = hub_id.partition("@")
+    folder = download(hub_id, repo_type="model", revision=revision or None, files=[HUB_FILE, "config.json"])
+    if not (folder / HUB_FILE).exists():
+        raise ValueError(f"model {hub_id} has no {HUB_FILE}: give --weights FILE.safetensors, or --weights none for random ones")
+    if wanted != "default" and (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text())
+        architecture = config.get("architecture", "")
+        if from_scratch or architecture.split(".")[0] != timm_name(model).split(".")[0]:
+            raise ValueError(f"model {hub_id} is a {architecture or 'model of another library'}, not {model}: choose --model timm/NAME")
+        own = _preprocessing(vars(pretrained_config(model)) | config.get("pretrained_cfg", {}))
+    return Weights(folder / HUB_FILE, hub_id, folder.name, own)
+
+
+def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    return Preprocessing(
+        image_size=config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_fraction=config["crop_pct"],
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+    )
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -7,6 +7,7 @@ A resize is two matrix products with 14-bit weights: sums of integers below 2**2
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import special
@@ -34,6 +35,16 @@ class Preprocessing:
     std: tuple[float, float, float]
     crop_fraction: float | None = None
     interpolation: str = "bilinear"
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
+        """What dataclasses.asdict gave, after JSON made lists of its tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def __str__(self) -> str:
+        crop = f"crop {self.crop_fraction:g}" if self.crop_fraction else "no crop"
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"{self.image_size} px, {crop}, {self.interpolation}, mean {mean}, std {std}"
 
 
 def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:

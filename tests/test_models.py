@@ -144,7 +144,7 @@ def timm_file(tmp_path, name, **kwargs):
     model = timm.create_model(name, pretrained=False, **kwargs).eval()
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(model.state_dict(), path)
-    return model, str(path)
+    return model, path
 
 
 @pytest.mark.parametrize("name, timm_name", [("vit", "vit_tiny_patch16_224"), ("deit", "deit_tiny_patch16_224"), ("resnet18", "resnet18")])
@@ -174,9 +174,9 @@ def test_our_own_weights_load_whole_or_with_a_new_head(tmp_path):
     for name in ("cnn", "vit"):
         original = models.build_model(name, num_classes=10, image_size=32)
         safetensors.torch.save_file(original.state_dict(), path)
-        same = models.build_model(name, num_classes=10, image_size=32, weights=str(path)).state_dict()
+        same = models.build_model(name, num_classes=10, image_size=32, weights=path).state_dict()
         assert all(torch.equal(value, same[key]) for key, value in original.state_dict().items())
-        other = models.build_model(name, num_classes=3, image_size=32, weights=str(path)).state_dict()
+        other = models.build_model(name, num_classes=3, image_size=32, weights=path).state_dict()
         differing = {key for key, value in original.state_dict().items() if other[key].shape != value.shape}
         assert differing == ({"classifier.4.weight", "classifier.4.bias"} if name == "cnn" else {"head.weight", "head.bias"})
         assert all(torch.equal(value, other[key]) for key, value in original.state_dict().items() if key not in differing)
@@ -194,11 +194,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not fit the model: it lacks"):
         models.build_model("deit", num_classes=10, image_size=224, weights=path)
     with pytest.raises(ValueError, match="is not a file"):
-        models.build_model("deit", num_classes=10, image_size=224, weights=str(tmp_path / "absent.safetensors"))
+        models.build_model("deit", num_classes=10, image_size=224, weights=tmp_path / "absent.safetensors")
     pickle = tmp_path / "weights.pth"
     torch.save({"x": torch.zeros(1)}, pickle)
     with pytest.raises(ValueError, match="pickled checkpoints can run code"):
-        models.build_model("deit", num_classes=10, image_size=224, weights=str(pickle))
+        models.build_model("deit", num_classes=10, image_size=224, weights=pickle)
 
 
 def test_backbones_take_their_preprocessing_from_timm():

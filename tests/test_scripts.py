@@ -4,16 +4,12 @@ import json
 import os
 import re
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import safetensors.torch
-import timm
 import torch
 from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
 
-from modeling import checkpoint, cli
+from modeling import cli
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --clip-grad --compile --cutmix --dataset --deterministic --early-stop --ema --epochs
 --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval --limit-train --lr --max-steps
@@ -223,77 +219,3 @@ def test_an_error_reaches_the_shell_as_status_2(tmp_path):
     result = command(sys.executable, ROOT / "train.py", "--lr", "nan", cwd=tmp_path)
     assert_refused(result, "train.py: error: ", "--lr")
     assert not list(tmp_path.iterdir())
-
-
-# ---- the hub -------------------------------------------------------------------------------------------------------------------
-
-
-def hub_environment(tmp_path, endpoint):
-    return {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (("--model", "vit", "--dataset", "digits"), ("cannot be reached", "--weights FILE.safetensors", "--weights none")),
-        (("--model", "cnn"), ("dataset tanganke/stl10", "hub cannot be reached", "--dataset")),
-    ],
-    ids=["weights", "dataset"],
-)
-def test_without_network_the_error_names_the_ways_out(tmp_path, flags, words):
-    nobody_there = hub_environment(tmp_path, "http://127.0.0.1:9")
-    result = command(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, env=nobody_there, timeout=60)
-    assert_refused(result, *words)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of a model hub as a download of one file needs."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        self.asked.append(f"{self.command} {self.path}")
-        content = b"hub" if self.path == "/" else self.files.get(self.path)
-        self.send_response(200 if content is not None else 404)
-        self.send_header("ETag", '"0123456789abcdef0123456789abcdef01234567"')
-        self.send_header("X-Repo-Commit", "a" * 40)
-        self.send_header("Content-Length", str(len(content or b"")))
-        self.end_headers()
-        if with_body and content:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_default_weights_come_from_the_hub(tmp_path):
-    torch.manual_seed(3)
-    reference = timm.create_model("vit_tiny_patch16_224", pretrained=False)
-    Hub.files = {
-        "/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k/resolve/main/model.safetensors": safetensors.torch.save(reference.state_dict())
-    }
-    Hub.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        environment = hub_environment(tmp_path, f"http://127.0.0.1:{server.server_port}")
-        flags = ("--model", "vit", "--dataset", "digits", "--image-size", 32, "--limit-train", 40, "--limit-eval", 10, "--max-steps", 1)
-        result = command(sys.executable, ROOT / "train.py", *flags, cwd=tmp_path, env=environment)
-        assert result.returncode == 0, result.stderr
-        assert any(line.startswith("GET /timm/vit_tiny") for line in Hub.asked)
-    finally:
-        server.shutdown()
-    model, _ = checkpoint.load_model(tmp_path / "checkpoints" / "vit_best.safetensors")
-    for name, value in reference.state_dict().items():
-        if not name.startswith("head.") and name != "pos_embed":
-            assert torch.equal(model.backbone.state_dict()[name], value), name
-    # the hub gone, the cached file serves
-    result = command(sys.executable, ROOT / "train.py", *flags, "--run-name", "again", cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
