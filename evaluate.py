@@ -75,9 +75,9 @@ else:
             images.labels = images.labels.new_tensor(self.numbers)[images.labels]  # as the checkpoint numbers its classes
             model, header = checkpoint.load_model(self.path)
             parameters, trainable = models.count_parameters(model)
-            model = accelerator.prepare(model)
+            model = accelerator.prepare_model(model, evaluation_mode=True)
             with cli.Progress(len(images), f"evaluating {self.name}") as progress:
-                options = dict(batch_size=args.batch_size, device=accelerator.device, progress=progress.update)
+                options = dict(batch_size=args.batch_size, accelerator=accelerator, progress=progress.update)
                 predictions = predict(model, images, Preprocessing.from_json(header["preprocessing"]), **options)
             row = {
                 "checkpoint": str(self.path),
@@ -107,13 +107,15 @@ else:
         for evaluation in evaluations:
             one = evaluation.run(args, accelerator)
             evaluated.append(one)
-            report.write_evaluation(traces, one)
-            report.update_metrics_csv(traces / "metrics.csv", [one.row])
+            if accelerator.is_main_process:
+                report.write_evaluation(traces, one)
+                report.update_metrics_csv(traces / "metrics.csv", [one.row])
             print(
                 f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, {one.row['num_samples']:,} images: "
                 f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}"
             )
-        checkpoint.write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
+        if accelerator.is_main_process:
+            checkpoint.write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
         print(f"metrics, classification reports, confusion matrices, predictions and model_comparison.txt are in {traces}")
         return 0
 

@@ -165,6 +165,7 @@ def _check_file(path: Path, name: str, digest: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    cli.refuse_processes()
     torch.set_num_threads(1)  # no tensor here is worth a thread
     if args.verify:
         problems = verify_dataset(args.output_dir)

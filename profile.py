@@ -66,6 +66,7 @@ else:
     def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.models = list(dict.fromkeys(map(models.check_model_name, args.models)))
+        cli.refuse_processes()
         accelerator = cli.make_accelerator(args)
         cli.check_output_dir(args.output_dir, "traces")
         source = data.load_source(args.dataset)

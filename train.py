@@ -9,6 +9,8 @@ Writes checkpoints/{run}_best.safetensors and {run}_final.safetensors, and runs/
 
 import argparse
 import contextlib
+import functools
+import itertools
 import math
 import os
 import sys
@@ -19,13 +21,13 @@ from typing import Any
 
 import torch
 
-from modeling import checkpoint, cli, data, models, randomness, recipes, tracking
-from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, predict, train_step
+from modeling import checkpoint, cli, data, models, preemption, randomness, recipes, resume, tracking
+from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, settle, train_step
+from modeling.sanity import sanity_check
 from modeling.schedule import learning_rate
 from modeling.transforms import AUGMENT_SETS
 
 CHECK_EVERY = 20  # steps between looks at the flag that a loss was not finite: each look waits for the device
-SANITY_ACCURACY, SANITY_STEPS = 0.99, 2000
 NOT_FINITE_HELP = "use a lower --lr, --warmup-epochs 1 or --clip-grad 1"
 BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
 
@@ -81,6 +83,11 @@ def build_parser() -> cli.Parser:
     group.add_argument("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
     group.add_argument("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on stratified subsets of N images")
 
+    group = parser.add_argument_group("resuming (a state is saved after each epoch, and on SIGTERM, SIGINT and SIGUSR1)")
+    group.add_argument("--checkpoint-every", type=cli.POSITIVE_INT, metavar="STEPS", help="save a state every so many steps, too")
+    group.add_argument("--resume", action="store_true", help="go on from the newest whole state of the run, or start where there is none")
+    group.add_argument("--force", action="store_true", help="resume even if arguments differ from those of the state")
+
     group = parser.add_argument_group("selection and checks")
     group.add_argument(
         "--best-metric", choices=tuple(BEST_METRICS), default="accuracy", help="what chooses the best epoch (default: accuracy)"
@@ -135,17 +142,18 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
     """What a person wants to see before a long run starts."""
     total, trainable = models.count_parameters(model)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
-    accumulation = args.gradient_accumulation_steps
-    micro = math.ceil(args.batch_size / accumulation / accelerator.num_processes)
+    accumulation, processes = args.gradient_accumulation_steps, accelerator.num_processes
+    micro = math.ceil(args.batch_size / accumulation / processes)
+    threads = f"{processes} process{'es' if processes > 1 else ''} of {torch.get_num_threads()} threads"
     return "\n".join(
         [
             f"model      {args.model}, weights {weights}: {total:,} parameters, {trainable:,} trainable",
             f"input      {preprocessing}",
             f"data       {args.dataset}: {counts}; augment {args.augment}",
-            f"batch      {args.batch_size} = processes {accelerator.num_processes} x accumulation {accumulation} x micro-batch {micro}",
+            f"batch      {args.batch_size} = processes {processes} x accumulation {accumulation} x micro-batch {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
-            f"hardware   {accelerator.device}, {torch.get_num_threads()} threads, {cli.precision_text(accelerator)}",
+            f"hardware   {accelerator.device.type}, {threads}, {cli.precision_text(accelerator)}",
         ]
     )
 
@@ -166,6 +174,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
     args.schedule = recipe.schedule
     resolve(args, recipe)
+    if args.batch_size < accelerator.num_processes:
+        raise ValueError(f"--batch-size {args.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image")
 
     # ---- model and optimizer ---------------------------------------------------------------------------------------------------
     if args.deterministic:
@@ -191,17 +201,18 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
     # ---- prepare, once ---------------------------------------------------------------------------------------------------------
     model, optimizer = accelerator.prepare(raw_model, optimizer)
+    settle(accelerator, model, args.image_size)
     if args.compile:
         model = torch.compile(model)
     if args.sanity_check:
-        return sanity_check(args, accelerator, model, optimizer, images["train"], objective)
+        return sanity_check(args, accelerator, model, raw_model, optimizer, images["train"], objective)
     ema = Ema(raw_model, args.ema) if args.ema else None
 
+    # ---- a new run, or the rest of one -----------------------------------------------------------------------------------------
     steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     args.epochs = math.ceil(total_steps / steps_per_epoch)
     print(describe(args, accelerator, images, raw_model, weights, objective.preprocessing, total_steps), flush=True)
-
     header = checkpoint.make_header(
         model=model_args,
         classes=source.classes,
@@ -210,134 +221,119 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         dataset={"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
         weights=weights,
     )
-    moved = checkpoint.move_aside(args.output_dir, run)
-    if moved:
-        print(f"The files of an older run {run!r} are now in {moved}")
-    tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process)
     paths = {kind: args.output_dir / "checkpoints" / f"{run}_{kind}.safetensors" for kind in ("best", "final")}
+    resume.check_agreement(accelerator, args.output_dir, header)
+    states = resume.States(args.output_dir / "checkpoints" / f"{run}_state", accelerator, raw_model, optimizer, ema, header)
+    position, totals = resume.start(states, args, run)
+    first_new_step = position.step + (position.num_seen == 0)  # the step of a finished epoch has been recorded
+    log = dict(first_step=first_new_step, log_bytes=position.log_bytes)
+    tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process, **log)
+
+    def save_state() -> None:
+        stop_if_bad(accelerator, first_bad)
+        position.log_bytes, position.seconds = tracker.flush(), time.monotonic() - started
+        states.save(position, totals)
 
     # ---- the loop --------------------------------------------------------------------------------------------------------------
-    step, best, best_epoch, started = 0, None, 0, time.monotonic()
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+    started = time.monotonic() - position.seconds
+    schedule = dict(total_steps=total_steps, warmup_steps=round(args.warmup_epochs * steps_per_epoch), schedule=args.schedule)
+    rate = functools.partial(learning_rate, base=args.lr, **schedule)
     first_bad = torch.tensor(-1, device=accelerator.device)
     better = BEST_METRICS[args.best_metric]
     full_epochs, rest = divmod(total_steps, steps_per_epoch)
-    progress = cli.Progress(full_epochs * len(images["train"]) + rest * args.batch_size, f"epoch 1/{args.epochs}")
-    for epoch in range(args.epochs):
-        model.train()
-        progress.describe(f"epoch {epoch + 1}/{args.epochs}")
-        totals, num_seen = torch.zeros(2, dtype=torch.float64, device=accelerator.device), 0
-        steps = data.training_steps(
-            images["train"],
-            seed=args.seed,
-            epoch=epoch,
-            batch_size=args.batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            mix=objective.mixes,
-        )
-        for micro_batches in steps:
-            num_images = min(args.batch_size, len(images["train"]) - num_seen)
-            lr = learning_rate(step, base=args.lr, total_steps=total_steps, warmup_steps=warmup_steps, schedule=args.schedule)
-            step_totals = train_step(
-                accelerator, model, optimizer, micro_batches, epoch=epoch, step=step, lr=lr, num_images=num_images, objective=objective
+    num_done = position.epoch * len(images["train"]) + position.num_seen
+    progress = cli.Progress(full_epochs * len(images["train"]) + rest * args.batch_size, "epoch", done=num_done)
+    with preemption.Preemption(accelerator, save_state) as signals:
+        for epoch in range(position.epoch, args.epochs):
+            model.train()
+            progress.describe(f"epoch {epoch + 1}/{args.epochs}")
+            steps = data.training_steps(
+                images["train"],
+                seed=args.seed,
+                epoch=epoch,
+                batch_size=args.batch_size,
+                accumulation=args.gradient_accumulation_steps,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                mix=objective.mixes,
+                start=position.step - epoch * steps_per_epoch,
             )
-            totals += step_totals
-            first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), step, first_bad)
-            if ema:
-                ema.update(raw_model)
-            step, num_seen = step + 1, num_seen + num_images
-            progress.update(num_images)
-            if step % CHECK_EVERY == 0:  # all ranks
-                stop_if_bad(first_bad)
-            if step == total_steps:
-                break
+            for micro_batches in itertools.islice(steps, total_steps - position.step):
+                num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
+                where = dict(epoch=epoch, step=position.step, num_images=num_images)
+                step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, lr=rate(position.step), objective=objective)
+                totals += step_totals
+                first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad)
+                if ema:
+                    ema.update(raw_model)
+                position.step, position.num_seen = position.step + 1, position.num_seen + num_images
+                progress.update(num_images)
+                signals.check()
+                if position.step % CHECK_EVERY == 0:  # all ranks
+                    stop_if_bad(accelerator, first_bad)
+                if args.checkpoint_every and position.step % args.checkpoint_every == 0:  # all ranks; the main one writes
+                    save_state()
 
-        # once an epoch, all ranks
-        stop_if_bad(first_bad)
-        record = {"train_loss": float(totals[0]) / num_seen, "train_accuracy": float(totals[1]) / num_seen, "learning_rate": lr}
-        tracker.histograms(raw_model, step)
-        with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
-            scores = evaluate_model(model, images["validation"], objective.preprocessing, device=accelerator.device)
-            if not math.isfinite(scores["loss"]):
-                raise FloatingPointError(f"the validation loss was not finite after step {step}: {NOT_FINITE_HELP}")
-            record |= {f"validation_{name}": value for name, value in scores.items()}
-            header |= {"epoch": epoch + 1, "step": step, "metrics": scores}
-            clock = {"train_seconds": time.monotonic() - started}
-            is_best = best is None or better(scores[args.best_metric], best) != best
-            last = step == total_steps or (args.early_stop and not is_best and epoch + 1 - best_epoch >= args.early_stop)
-            if is_best:
-                best, best_epoch, best_scores = scores[args.best_metric], epoch + 1, scores
-                checkpoint.save_checkpoint(paths["best"], raw_model.state_dict(), header, clock)
+            # once an epoch, all ranks; only the main one writes
+            stop_if_bad(accelerator, first_bad)
+            loss_sum, num_right = accelerator.gather(totals[None]).sum(dim=0).tolist()
+            num_images, lr = position.num_seen, rate(position.step - 1)
+            record = {"train_loss": loss_sum / num_images, "train_accuracy": num_right / num_images, "learning_rate": lr}
+            with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
+                scores = evaluate_model(
+                    raw_model, images["validation"], objective.preprocessing, accelerator=accelerator, progress=signals.check
+                )
+                if not math.isfinite(scores["loss"]):
+                    raise FloatingPointError(f"the validation loss was not finite after step {position.step}: {NOT_FINITE_HELP}")
+                record |= {f"validation_{name}": value for name, value in scores.items()}
+                header |= {"epoch": epoch + 1, "step": position.step, "metrics": scores}
+                is_best = position.best is None or better(scores[args.best_metric], position.best) != position.best
+                stale = 0 if is_best else epoch + 1 - position.best_epoch
+                last = position.step == total_steps or (args.early_stop and stale >= args.early_stop)
+                if is_best:
+                    position.best, position.best_epoch, position.best_scores = scores[args.best_metric], epoch + 1, scores
+                clock = {"train_seconds": time.monotonic() - started}
+                for kind in [kind for kind, due in (("best", is_best), ("final", last)) if due and accelerator.is_main_process]:
+                    checkpoint.save_checkpoint(paths[kind], raw_model.state_dict(), header, clock)
+            tracker.histograms(raw_model, position.step)
+            tracker.record("epoch", step=position.step, epoch=epoch + 1, **record)
+            train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
+            validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
+            progress.say(f"epoch {epoch + 1}/{args.epochs}  step {position.step:,}  lr {lr:.2e}  {train_text}  {validation_text}")
+            position.epoch, position.num_seen, position.test = args.epochs if last else epoch + 1, 0, None
+            totals.zero_()
             if last:
-                checkpoint.save_checkpoint(paths["final"], raw_model.state_dict(), header, clock)
-        tracker.record("epoch", step=step, epoch=epoch + 1, **record)
-        train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
-        validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
-        progress.say(f"epoch {epoch + 1}/{args.epochs}  step {step:,}  lr {lr:.2e}  {train_text}  {validation_text}")
-        if last:
-            break
-    progress.close()
+                break
+            save_state()
+        progress.close()
 
-    # ---- final evaluation: the best epoch, once, on test -----------------------------------------------------------------------
-    result = {"run": run, "best_epoch": best_epoch, "steps": step, **{f"{kind}_checkpoint": str(path) for kind, path in paths.items()}}
-    result["validation"] = best_scores
-    if "test" in images:
-        best_model, _ = checkpoint.load_model(paths["best"])
-        best_model = accelerator.prepare(best_model)
-        result["test"] = evaluate_model(best_model, images["test"], objective.preprocessing, device=accelerator.device)
-        tracker.record("test", step=step, epoch=best_epoch, **{f"test_{name}": value for name, value in result["test"].items()})
+        # ---- final evaluation: the best epoch, once, on test -------------------------------------------------------------------
+        if position.test is None:
+            accelerator.wait_for_everyone()  # for the main one to have written the best checkpoint
+            if "test" in images:
+                best_model = accelerator.prepare_model(checkpoint.load_model(paths["best"])[0], evaluation_mode=True)
+                options = dict(accelerator=accelerator, progress=signals.check)
+                position.test = evaluate_model(best_model, images["test"], objective.preprocessing, **options)
+                scores = {f"test_{name}": value for name, value in position.test.items()}
+                tracker.record("test", step=position.step, best_epoch=position.best_epoch, **scores)
+            save_state()
     tracker.close()
     seconds = time.monotonic() - started
-    print(f"Trained {step:,} steps in {seconds:.0f} s. Best epoch {best_epoch}: validation {args.best_metric} {best:.4f}", flush=True)
-    for split in ("test",) if "test" in result else ():
-        print(f"{split} accuracy {result[split]['accuracy']:.4f}, macro F1 {result[split]['macro_f1']:.4f} ({len(images[split]):,} images)")
+    best_text = f"Best epoch {position.best_epoch}: validation {args.best_metric} {position.best:.4f}"
+    print(f"Trained {position.step:,} steps in {seconds:.0f} s. {best_text}", flush=True)
+    if position.test:
+        test = position.test
+        print(f"test accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} ({len(images['test']):,} images)")
     print(f"Checkpoints {paths['best']} and {paths['final']}; curves: tensorboard --logdir {args.output_dir / 'runs'}")
-    return result
+    result = {"run": run, "best_epoch": position.best_epoch, "steps": position.step, "validation": position.best_scores}
+    return result | {f"{kind}_checkpoint": str(path) for kind, path in paths.items()} | ({"test": position.test} if position.test else {})
 
 
-def stop_if_bad(first_bad: torch.Tensor) -> None:
-    if first_bad >= 0:
-        raise FloatingPointError(f"the loss was not finite at step {int(first_bad)}: {NOT_FINITE_HELP}")
-
-
-def sanity_check(args, accelerator, model, optimizer, images: data.Images, objective: Objective) -> dict[str, Any]:
-    """Overfit the first batches, without augmentation, until 99 % are right in eval mode."""
-    objective = Objective(preprocessing=objective.preprocessing, clip_grad=objective.clip_grad, seed=objective.seed)
-    limit, step, epoch, accuracy = args.max_steps or SANITY_STEPS, 0, 0, 0.0
-    print(f"Sanity check: {args.model} on {len(images)} images in batches of {args.batch_size}, at most {limit} steps")
-    with cli.Progress(limit, "sanity check", unit=" steps") as progress:
-        while step < limit and accuracy < SANITY_ACCURACY:
-            model.train()
-            accumulation = args.gradient_accumulation_steps
-            steps = data.training_steps(images, seed=args.seed, epoch=epoch, batch_size=args.batch_size, accumulation=accumulation)
-            for micro_batches in steps:
-                num_images = sum(len(batch.weights) for batch in micro_batches)
-                train_step(
-                    accelerator,
-                    model,
-                    optimizer,
-                    micro_batches,
-                    epoch=epoch,
-                    step=step,
-                    lr=args.lr,
-                    num_images=num_images,
-                    objective=objective,
-                )
-                step += 1
-                progress.update(1)
-                if step == limit:
-                    break
-            epoch += 1
-            predictions = predict(model, images, objective.preprocessing, batch_size=args.batch_size, device=accelerator.device)
-            stop_if_bad(torch.tensor(-1 if predictions.losses.isfinite().all() else step))
-            accuracy = (predictions.predicted == images.labels).float().mean().item()
-            progress.describe(f"sanity check, accuracy {accuracy:.3f}")
-    passed = accuracy >= SANITY_ACCURACY
-    loss = predictions.losses.mean().item()
-    print(f"Sanity check {'passed' if passed else 'FAILED'}: training accuracy {accuracy:.4f}, loss {loss:.4f} after {step} steps")
-    return {"passed": passed, "accuracy": accuracy, "loss": loss, "steps": step}
+def stop_if_bad(accelerator, first_bad: torch.Tensor) -> None:
+    """FloatingPointError on every process: one of them had a loss that was not finite. first_bad: the step, or -1."""
+    step = int(accelerator.gather(first_bad[None]).max())
+    if step >= 0:
+        raise FloatingPointError(f"the loss was not finite at step {step}: {NOT_FINITE_HELP}")
 
 
 def train_model(**options: Any) -> dict[str, Any]:

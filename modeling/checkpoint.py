@@ -22,6 +22,7 @@ from modeling.pretrained import HEADER_KEY, Weights, open_safetensors, read_tens
 from modeling.transforms import Preprocessing
 
 FORMAT_VERSION = 1
+UNRELATED_ARGUMENTS = {"output_dir", "num_workers", "checkpoint_every", "resume", "force"}  # they change nothing of what is computed
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -89,8 +90,7 @@ def make_header(
         "model": model,
         "classes": classes,
         "preprocessing": dataclasses.asdict(preprocessing),
-        # where it was written and how many threads decoded change nothing of what was computed
-        "arguments": {k: v for k, v in arguments.items() if k not in ("output_dir", "num_workers")},
+        "arguments": {name: value for name, value in arguments.items() if name not in UNRELATED_ARGUMENTS},
         "dataset": dataset,
         "weights": {"source": weights.source, "revision": weights.revision},
         "versions": versions(),
@@ -138,7 +138,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def move_aside(output_dir: Path, run: str) -> Path | None:
     """Move what an older run of this name wrote to previous/{run}-{time}/, and give that folder; None if there was nothing."""
-    names = [f"checkpoints/{run}_best.safetensors", f"checkpoints/{run}_final.safetensors", f"runs/{run}"]
+    names = [f"checkpoints/{run}_best.safetensors", f"checkpoints/{run}_final.safetensors", f"checkpoints/{run}_state", f"runs/{run}"]
     for name in (run, f"{run}_best", f"{run}_final"):
         names += [f"traces/confusion_matrix_{name}.png", f"traces/classification_report_{name}.txt", f"traces/predictions_{name}.csv"]
     old = [name for name in names if (output_dir / name).exists()]

@@ -1,6 +1,7 @@
 """What the commands share: argument types and groups, progress, hardware, and the one place where an error becomes an exit status."""
 
 import argparse
+import datetime
 import math
 import os
 import sys
@@ -16,7 +17,9 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # while one process downloads the others wait
 _LOG_SECONDS = 30
+_SAME_ERROR_SECONDS = 5
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,21 +87,38 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
-    """Set the threads and build the Accelerator. ValueError: what this machine cannot do."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes are not supported yet: launch with --num_processes 1")
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    """Set the threads, join the other processes, and silence all but the main one. ValueError: what this machine cannot do."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     omp = os.environ.get("OMP_NUM_THREADS")
     if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
-        torch.set_num_threads(args.num_threads or num_cores())
+        torch.set_num_threads(args.num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
-    on_mac = torch.backends.mps.is_available()  # which lacks the float64 that we sum in: there the CPU works
-    accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision, cpu=on_mac)
-    on_cpu = accelerator.device.type == "cpu"
-    if accelerator.mixed_precision == "fp16" and on_cpu:
+    # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
+    on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
+    patience = accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"{world_size} processes were launched, but they do not see each other: each is one of {accelerator.num_processes}; "
+            "launch with a file of accelerate_configs/, or with torchrun"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return accelerator
+
+
+def refuse_processes() -> None:
+    """ValueError: this is one of several processes, in a script that is for one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("this script is for one process: start it with python, or launch it with --num_processes 1")
 
 
 def precision_text(accelerator: accelerate.Accelerator) -> str:
@@ -113,10 +133,14 @@ def precision_text(accelerator: accelerate.Accelerator) -> str:
 class Progress:
     """Progress with a rate and an ETA: a bar on a terminal, elsewhere a line on standard error every 30 seconds."""
 
-    def __init__(self, total: int, description: str, unit: str = " images"):
-        self.total, self.count, self.description, self.unit = total, 0, description, unit
+    def __init__(self, total: int, description: str, unit: str = " images", done: int = 0):
+        self.total, self.count, self.description, self.unit, self.done = total, done, description, unit, done
         self.started = self.logged = time.monotonic()
-        self.bar = tqdm(total=total, desc=description, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self.bar = (
+            tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
+            if sys.stderr.isatty() and is_main_process()
+            else None
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -132,9 +156,10 @@ class Progress:
         self.count += n
         if self.bar is not None:
             self.bar.update(n)
-        elif time.monotonic() - self.logged >= _LOG_SECONDS:
+        elif is_main_process() and time.monotonic() - self.logged >= _LOG_SECONDS:
             self.logged = time.monotonic()
-            meter = tqdm.format_meter(self.count, self.total, self.logged - self.started, prefix=self.description, unit=self.unit, ncols=0)
+            seconds, options = self.logged - self.started, dict(prefix=self.description, unit=self.unit, ncols=0, initial=self.done)
+            meter = tqdm.format_meter(self.count, self.total, seconds, **options)
             print(meter, file=sys.stderr, flush=True)
 
     def describe(self, text: str) -> None:
@@ -182,5 +207,7 @@ def run(main: Callable[[], int | None]) -> int:
             message = str(error)
         else:
             raise
+        if not is_main_process():
+            time.sleep(_SAME_ERROR_SECONDS)  # the main process most likely has it too, says so, and the launcher ends this one
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -368,14 +368,15 @@ def training_steps(
     rank: int = 0,
     world_size: int = 1,
     mix: bool = False,
+    start: int = 0,
 ) -> Iterator[list[Batch]]:
-    """The steps of an epoch, each the micro-batches of this rank's share of a global batch of `batch_size` images.
+    """The steps of an epoch from `start` on, each the micro-batches of this rank's share of a global batch of `batch_size` images.
 
     The order is a function of (seed, epoch), mixing partners of (seed, epoch, step) over the global batch. The last batch is as
     short as it falls.
     """
     order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
-    for step, global_batch in enumerate(order.split(batch_size)):
+    for step, global_batch in list(enumerate(order.split(batch_size)))[start:]:
         partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step)
         micro_batches = []
         for share in shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size):

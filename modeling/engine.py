@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 
@@ -156,6 +157,15 @@ class Predictions:
     losses: torch.Tensor
 
 
+def settle(accelerator: Accelerator, model: nn.Module, image_size: int) -> None:
+    """Let DDP order its buckets now, and not after the first step: a run resumed there would add up in another order."""
+    if accelerator.num_processes > 1:
+        model.eval()
+        for _ in range(2):
+            model(torch.zeros(1, 3, image_size, image_size, device=accelerator.device)).sum().backward()
+        model.zero_grad(set_to_none=True)
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -163,23 +173,51 @@ def predict(
     preprocessing: Preprocessing,
     *,
     batch_size: int,
-    device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Run the model in eval mode over all images, in order, and leave it in the mode it was in."""
+    """Run the model in eval mode over all images, and leave it in the mode it was in.
+
+    Processes take turns with the batches that one process would make; every one gets the predictions of all images, in order.
+    progress(n) is called equally often on each, with the images that all have done. The model is not a DDP one, whose processes
+    would wait for each other.
+    """
+    device = accelerator.device if accelerator else next(model.parameters()).device
+    rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     was_training = model.training
     model.eval()
-    outputs = []
-    for positions in torch.arange(len(images)).split(batch_size):
-        pixels, sizes = images.gather(positions)
-        x = transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
-        outputs.append(model(x).float().cpu())
+    for buffer in model.buffers() if world_size > 1 else ():
+        buffer.copy_(broadcast(buffer.clone()))  # each process counted its own images in batch normalisation: the main one's serve
+    batches = torch.arange(len(images)).split(batch_size)
+    logits, positions = [], []
+    for start in range(0, len(batches), world_size):
+        turn = batches[start : start + world_size]
+        if rank < len(turn):
+            pixels, sizes = images.gather(turn[rank])
+            x = transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
+            logits.append(model(x).float())
+            positions.append(turn[rank].to(device))
         if progress:
-            progress(len(positions))
+            progress(sum(map(len, turn)))
     model.train(was_training)
-    logits = torch.cat(outputs)
-    losses = F.cross_entropy(logits, images.labels, reduction="none")
-    return Predictions(images.rows, images.labels, logits.argmax(dim=1), logits.softmax(dim=1), losses)
+    everything = _gather_in_order(accelerator, logits, positions, len(images), len(images.classes)).cpu()
+    losses = F.cross_entropy(everything, images.labels, reduction="none")
+    return Predictions(images.rows, images.labels, everything.argmax(dim=1), everything.softmax(dim=1), losses)
+
+
+def _gather_in_order(
+    accelerator: Accelerator | None, logits: list[torch.Tensor], positions: list[torch.Tensor], num_images: int, num_classes: int
+) -> torch.Tensor:
+    """All processes' logits (N, C) at their positions. Each sends as many rows; those that fill up have the position -1."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return torch.cat(logits)
+    device = accelerator.device
+    own = torch.cat([torch.zeros(0, num_classes, device=device), *logits])
+    where = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *positions])
+    missing = int(accelerator.gather(torch.tensor([len(where)], device=device)).max()) - len(where)
+    own, where = accelerator.gather((F.pad(own, (0, 0, 0, missing)), F.pad(where, (0, missing), value=-1)))
+    kept = where >= 0
+    return torch.zeros(num_images, num_classes, device=device).index_copy_(0, where[kept], own[kept])
 
 
 def evaluate_model(
@@ -188,9 +226,8 @@ def evaluate_model(
     preprocessing: Preprocessing,
     *,
     batch_size: int = 64,
-    device: torch.device | str = "cpu",
+    accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Loss, accuracy, balanced accuracy, top-5 accuracy, macro and weighted F1 of a model on images."""
-    predictions = predict(model, images, preprocessing, batch_size=batch_size, device=device, progress=progress)
-    return metrics.compute(predictions)
+    return metrics.compute(predict(model, images, preprocessing, batch_size=batch_size, accelerator=accelerator, progress=progress))

@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard events and metrics.jsonl."""
 
 import json
+import os
 from pathlib import Path
 
 from torch import nn
@@ -13,20 +14,22 @@ class Tracker:
     """Writes to a run's folder; on all but the main process it writes nothing.
 
     metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs write equal files.
+    A resumed run goes on after the first `log_bytes` of it, and TensorBoard forgets what it has from `first_step` on.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool = True):
+    def __init__(self, folder: Path, *, enabled: bool = True, first_step: int = 0, log_bytes: int = 0):
         self.enabled = enabled
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(folder)
-            self.lines = (folder / "metrics.jsonl").open("w")
+            self.writer = SummaryWriter(folder, purge_step=first_step)
+            self.lines = (folder / "metrics.jsonl").open("ab")
+            self.lines.truncate(min(log_bytes, self.lines.tell()))
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
         """A line of metrics.jsonl, and a TensorBoard scalar for each value: train_loss is loss/train, beside loss/validation."""
         if not self.enabled:
             return
-        self.lines.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
         self.lines.flush()
         for name, value in values.items():
             split, _, metric = name.partition("_")
@@ -44,7 +47,15 @@ class Tracker:
                     values = values[values.isfinite()]  # in fp16 a step that overflowed is skipped, and leaves such gradients
                     if len(values):
                         self.writer.add_histogram(f"{kind}/{name}", values, step)
+
+    def flush(self) -> int:
+        """Have all that was recorded on disk; the bytes of metrics.jsonl."""
+        if not self.enabled:
+            return 0
         self.writer.flush()
+        self.lines.flush()
+        os.fsync(self.lines.fileno())
+        return self.lines.tell()
 
     def close(self) -> None:
         if self.enabled:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from conftest import ROOT, TINY, assert_refused, call, command, make_image_folde
 
 from modeling import cli
 
-TRAIN_FLAGS = """--augment --batch-size --best-metric --clip-grad --compile --cutmix --dataset --deterministic --early-stop --ema --epochs
---gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval --limit-train --lr --max-steps
---mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir --patch-size --recipe --run-name
---sanity-check --seed --val-fraction --warmup-epochs --weight-decay --weights"""
+TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
+--early-stop --ema --epochs --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval
+--limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir
+--patch-size --recipe --resume --run-name --sanity-check --seed --val-fraction --warmup-epochs --weight-decay --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
     "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads --num-workers --output-dir --split",
@@ -80,8 +81,22 @@ def test_every_accelerate_config_is_one_that_accelerate_reads(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
     loaded = load_config_from_file(str(config))
-    assert loaded.num_processes == 1
+    assert loaded.num_processes == {"multi_cpu": 2, "multi_gpu": 2, "multi_gpu_bf16": 2, "multi_node": 16}.get(config.stem, 1)
+    assert loaded.use_cpu == ("cpu" in config.stem)
+    assert loaded.mixed_precision == (
+        "bf16" if "bf16" in config.stem or config.stem == "multi_node" else "fp16" if "fp16" in config.stem else "no"
+    )
     assert config.read_text().startswith("#")
+    readme = (ROOT / "README.md").read_text()
+    assert f"`{config.stem}`" in readme, "the README's table has every file"
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    assert_refused(call("train", *TINY), "2 processes were launched, but they do not see each other")
+    for script in ("profile", "export_data"):
+        assert_refused(call(script), "this script is for one process")
 
 
 def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
@@ -100,8 +115,6 @@ def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
         assert threads(OMP_NUM_THREADS="1") == 7, "without the launcher it is the user's, and torch's since it was imported"
         assert threads(OMP_NUM_THREADS="7", ACCELERATE_MIXED_PRECISION="no") == 7
         assert threads("--num-threads", "3", OMP_NUM_THREADS="7") == 3
-        with pytest.raises(ValueError, match="several processes are not supported yet"):
-            threads(WORLD_SIZE="2")
     finally:
         monkeypatch.undo()
         torch.set_num_threads(cli.num_cores())

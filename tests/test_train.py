@@ -36,7 +36,9 @@ def plain(tmp_path_factory):
 def test_a_run_writes_what_the_readme_says(trained):
     names = {p.relative_to(trained.folder).as_posix() for p in trained.folder.rglob("*") if p.is_file() and "traces" not in p.parts}
     events = {name for name in names if "events.out.tfevents" in name}
-    assert names - events == {
+    states = {name for name in names if name.startswith("checkpoints/cnn_small_state/step_0000000")}
+    assert len(states) == 2
+    assert names - events - states == {
         "checkpoints/cnn_small_best.safetensors",
         "checkpoints/cnn_small_final.safetensors",
         "runs/cnn_small/metrics.jsonl",
@@ -186,7 +188,7 @@ def test_best_metric_chooses_the_checkpoint(tmp_path):
         assert result.best["epoch"] == 1 + values.index(choose(values))
         assert result.best["metrics"][metric] == choose(values)
         assert result.final["epoch"] == 5
-        assert result.test["epoch"] == result.best["epoch"]
+        assert result.test["best_epoch"] == result.best["epoch"]
 
 
 def test_early_stop(tmp_path):

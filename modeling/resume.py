@@ -1,0 +1,183 @@
+"""The state to resume a run from: where it is, and tensors. No generator's state, for all randomness is a function of where it is."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from modeling import checkpoint
+from modeling.checkpoint import atomic_write
+from modeling.engine import Ema
+
+KEEP = 2
+_KEY = "state"
+FREE_ARGUMENTS = {"run_name", "num_threads"}  # a resumed run may have others
+
+
+@dataclass
+class Position:
+    """Where a run is: `step` updates are done in all, and `num_seen` images of epoch `epoch` (from 0) seen."""
+
+    epoch: int = 0
+    step: int = 0
+    num_seen: int = 0
+    best: float | None = None
+    best_epoch: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    log_bytes: int = 0  # of metrics.jsonl
+    seconds: float = 0.0
+    test: dict[str, float] | None = None
+
+
+class States:
+    """A run's folder of states: step_{step}_{SHA-256}.safetensors, the newest KEEP of them.
+
+    Every process calls save and restore; the main one writes. All processes must see the folder.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, model: nn.Module, optimizer, ema: Ema | None, header: dict[str, Any]):
+        self.folder, self.accelerator, self.model, self.optimizer, self.ema = folder, accelerator, model, optimizer, ema
+        self.arguments = {name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS}
+        self.arguments |= {"train_sha256": header["dataset"]["train_sha256"], "model": header["model"]}
+
+    def save(self, position: Position, totals: torch.Tensor) -> None:
+        """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
+        all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
+        if not self.accelerator.is_main_process:
+            return self.accelerator.wait_for_everyone()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"ema.{name}": value for name, value in (self.ema.average if self.ema else {}).items()}
+        tensors["totals"] = all_totals
+        plain: dict[str, dict[str, Any]] = {}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{number}.{name}"] = value
+                else:
+                    plain.setdefault(str(number), {})[name] = value
+        header = {
+            "position": dataclasses.asdict(position),
+            "arguments": self.arguments,
+            "optimizer": plain,
+            "ema_updates": self.ema.updates if self.ema else 0,
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+        }
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
+        path = self.folder / f"step_{position.step:08d}_{_digest(content)}.safetensors"
+        with atomic_write(path) as file:
+            file.write(content)
+        older = [p for p in list_states(self.folder) if p != path]
+        for old in {*older[KEEP - 1 :], *(p for p in older if p.name.startswith(path.name[:13]))}:
+            old.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, force: bool) -> tuple[Position, torch.Tensor] | None:
+        """Load the newest whole state into model, optimizer and average; its position and this process's totals. None: there is none.
+
+        ValueError: it is of a run with other arguments (unless `force`), or of another model.
+        """
+        found = read_newest(self.folder, warn=self.accelerator.is_main_process)
+        if found is None:
+            return None
+        path, tensors, header = found
+        names = sorted(self.arguments.keys() | header["arguments"].keys())
+        saved, wanted = header["arguments"], json.loads(json.dumps(self.arguments))
+        differing = [f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if saved.get(name) != wanted.get(name)]
+        if differing and not force:
+            raise ValueError(f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force")
+        groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        for key, value in tensors.items():
+            group, _, name = key.partition(".")
+            groups.setdefault(group, {})[name] = value
+        state = {int(number): dict(values) for number, values in header["optimizer"].items()}
+        for key, value in groups["optimizer"].items():
+            number, _, name = key.partition(".")
+            state.setdefault(int(number), {})[name] = value
+        try:
+            self.model.load_state_dict(groups["model"])
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} is of another model: {str(error).splitlines()[0]}") from error
+        if self.ema and groups["ema"]:
+            self.ema.updates = header["ema_updates"]
+            for name, value in groups["ema"].items():
+                self.ema.average[name].copy_(value)
+        if self.accelerator.scaler and header["scaler"]:
+            self.accelerator.scaler.load_state_dict(header["scaler"])
+        totals, device = tensors["totals"], self.accelerator.device
+        if len(totals) != self.accelerator.num_processes:  # of another number of processes: the first keeps the sums
+            totals = F.pad(totals.sum(dim=0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
+        return Position(**header["position"]), totals[self.accelerator.process_index].to(device)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def start(states: States, args, run: str) -> tuple[Position, torch.Tensor]:
+    """Where the run begins, and this process's totals: at the newest state with --resume, or when torch elastic restarted it."""
+    accelerator = states.accelerator
+    wanted = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restored = states.restore(args.force) if wanted else None
+    if restored:
+        print(f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}", flush=True)
+    else:
+        if wanted:
+            print(f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning", flush=True)
+        moved = checkpoint.move_aside(args.output_dir, run) if accelerator.is_main_process else None
+        if moved:
+            print(f"The files of an older run {run!r} are now in {moved}")
+        restored = Position(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    accelerator.wait_for_everyone()
+    return restored
+
+
+def check_agreement(accelerator: Accelerator, output_dir: Path, header: dict[str, Any]) -> None:
+    """ValueError: the processes have other arguments or images than the main one, or do not see its output folder."""
+    if accelerator.num_processes == 1:
+        return
+    content = json.dumps([header["arguments"], header["dataset"], header["model"]], sort_keys=True).encode()
+    digest = torch.tensor([int.from_bytes(hashlib.sha256(content).digest()[:7])], device=accelerator.device)
+    if len(accelerator.gather(digest).unique()) > 1:
+        raise ValueError("the processes were started with other arguments, or read other images: start all with the same command and data")
+    probe = output_dir / f".shared-{int(accelerator.gather(digest)[0]):x}"
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = probe.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if not seen:
+        raise ValueError(f"--output-dir {output_dir} is not the folder that the main process writes: it must be shared by all machines")
+
+
+def list_states(folder: Path) -> list[Path]:
+    """The states in a folder, newest first."""
+    paths = [p for p in folder.glob("step_*.safetensors") if re.fullmatch(r"step_\d{8}_[0-9a-f]{16}", p.stem)]
+    return sorted(paths, key=lambda p: (p.name[:13], p.stat().st_mtime_ns), reverse=True)
+
+
+def read_newest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Path, tensors and header of the newest state whose content has its checksum; a broken one is passed over with a warning."""
+    for path in list_states(folder):
+        content = path.read_bytes()
+        if path.stem.endswith(_digest(content)):
+            length = int.from_bytes(content[:8], "little")
+            metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+            return path, safetensors.torch.load(content), json.loads(metadata[_KEY])
+        if warn:
+            print(f"{path} is truncated or altered: the state before it is used", file=sys.stderr, flush=True)
+    return None

@@ -1,0 +1,338 @@
+"""A run that is stopped anywhere and resumed ends bitwise where the one never stopped does."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import DATA, ROOT, assert_refused, call, scripts
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from modeling import checkpoint, engine, resume
+
+IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
+SMALL = ("--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40, "--batch-size", 16, "--epochs", 3)
+CNN = ("--model", "cnn_small", *SMALL)
+RUNS = {
+    "plain": CNN,
+    "workers 0": (*CNN, "--num-workers", 0),
+    "dropout, EMA, clipping": (*CNN, "--head-dropout", 0.5, "--ema", 0.9, "--clip-grad", 1),
+    "mixing, accumulation": (*CNN, "--augment", "standard", "--mixup", 0.4, "--cutmix", 1, "--gradient-accumulation-steps", 2),
+    "bf16, SGD, warm-up": (*CNN, "--mixed-precision", "bf16", "--optimizer", "sgd", "--warmup-epochs", 1, "--ema", 0.9),
+    "batch normalisation": ("--model", "cnn", *SMALL, "--image-size", 32, "--augment", "light", "--ema", 0.9),
+    "attention dropout": ("--model", "vit_scratch", *SMALL, "--patch-size", 8),
+    "probe": ("--model", "vit", "--weights", "none", *SMALL, "--image-size", 32, "--augment", "none"),
+    "max-steps, early stop, loss": (*CNN, "--max-steps", 17, "--best-metric", "loss", "--early-stop", 1, "--lr", 0.01),
+}
+
+
+def outcome(folder: Path) -> dict:
+    """All that must be bitwise equal: weights and headers of both checkpoints, the clock apart, and metrics.jsonl."""
+    result = {"metrics.jsonl": next((folder / "runs").glob("*/metrics.jsonl")).read_bytes()}
+    for path in sorted((folder / "checkpoints").glob("*.safetensors")):
+        header = checkpoint.read_header(path)
+        result[path.name] = {k: v for k, v in header.items() if k != "clock"}, safetensors.torch.load_file(path)
+    assert len(result) == 3
+    return result
+
+
+def assert_same_outcome(folder: Path, reference: Path) -> None:
+    ours, theirs = outcome(folder), outcome(reference)
+    assert ours.pop("metrics.jsonl") == theirs.pop("metrics.jsonl")
+    assert ours.keys() == theirs.keys()
+    for name, (header, weights) in theirs.items():
+        assert ours[name][0] == header
+        assert ours[name][1].keys() == weights.keys()
+        for key, value in weights.items():
+            assert torch.equal(ours[name][1][key], value), (name, key)
+
+
+def assert_no_step_twice(folder: Path) -> None:
+    (run,) = (folder / "runs").iterdir()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+    for tag in events.Tags()["histograms"]:
+        steps = [event.step for event in events.Histograms(tag)]
+        assert steps == sorted(set(steps)), tag
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of ours may catch it."""
+
+
+def kill_at(monkeypatch, module, name: str, number: int, after: bool = False):
+    """The process dies at call `number` of module.name, before it or after it."""
+    real, calls = getattr(module, name), []
+
+    def dying(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == number and not after:
+            raise Killed
+        result = real(*args, **kwargs)
+        if len(calls) == number and after:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(module, name, dying)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory):
+    """{name of RUNS: folder of the run that was never stopped}, made when first asked for."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("reference")
+            result = call("train", *RUNS[name], "--output-dir", folders[name])
+            assert result.status == 0, result.err
+        return folders[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_stopped_in_the_loop_and_resumed_it_ends_the_same(references, name, tmp_path, monkeypatch):
+    flags = (*RUNS[name], "--checkpoint-every", 3, "--output-dir", tmp_path)
+    steps = json.loads((references(name) / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()[-1])["step"]
+    for number in (2, 6, 9):  # before the first state; in the first epoch or the second; later
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, scripts.train, "train_step", number)
+            call("train", *flags, "--resume")
+    result = call("train", *flags, "--resume")
+    assert result.status == 0, result.err
+    assert re.search(r"Resuming '\w+' after step \d+, in epoch [23]", result.out)
+    assert f"Trained {steps} steps" in result.out
+    assert_same_outcome(tmp_path, references(name))
+    assert_no_step_twice(tmp_path)
+
+
+MOMENTS = {
+    "in validation": (scripts.train, "evaluate_model", 2, False),
+    "in the test": (scripts.train, "evaluate_model", 4, False),
+    "before the best checkpoint": (checkpoint, "save_checkpoint", 2, False),
+    "after the best checkpoint": (checkpoint, "save_checkpoint", 2, True),
+    "after the record": (scripts.train.tracking.Tracker, "record", 2, True),
+    "after the record of the test": (scripts.train.tracking.Tracker, "record", 4, True),
+    "before a state": (resume.States, "save", 5, False),
+    "after a state": (resume.States, "save", 5, True),
+    "while a state is written": (checkpoint.os, "fsync", 10, False),
+    "after the last state": (resume.States, "save", 8, True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_stopped_elsewhere_and_resumed_it_ends_the_same(references, moment, tmp_path, monkeypatch):
+    flags = (*RUNS["dropout, EMA, clipping"], "--checkpoint-every", 4, "--output-dir", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, *MOMENTS[moment])
+        call("train", *flags)
+    result = call("train", *flags, "--resume")
+    assert result.status == 0, result.err
+    assert "Resuming" in result.out
+    assert_same_outcome(tmp_path, references("dropout, EMA, clipping"))
+    assert_no_step_twice(tmp_path)
+
+
+def test_a_finished_run_resumed_says_its_result_again(references, tmp_path):
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    again = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume")
+    assert again.status == 0, again.err
+    assert "after step 21" in again.out
+    assert re.search(r"test accuracy 0\.\d+, macro F1", again.out)
+    assert_same_outcome(tmp_path, references("plain"))
+    assert_no_step_twice(tmp_path)
+
+
+def test_force_goes_on_with_more_epochs(references, tmp_path):
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    flags = (*RUNS["plain"], "--output-dir", tmp_path, "--resume", "--epochs", 4, "--lr", 0.002)
+    assert_refused(call("train", *flags), "other arguments", "epochs 3 -> 4", "lr 0.001 -> 0.002", "--force")
+    assert_same_outcome(tmp_path, references("plain"))
+    more = call("train", *flags, "--force")
+    assert more.status == 0, more.err
+    assert "Trained 28 steps" in more.out
+    records = [json.loads(line) for line in (tmp_path / "runs" / "cnn_small" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2, 3, 4]
+    assert_no_step_twice(tmp_path)
+
+
+def test_what_may_differ_when_resuming(references, tmp_path):
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    flags = ("--num-workers", 1, "--num-threads", 1, "--checkpoint-every", 5, "--resume")
+    assert call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags).status == 0
+    torch.set_num_threads(scripts.train.cli.num_cores())
+    for flag, word in (
+        (("--seed", 1), "seed 42 -> 1"),
+        (("--limit-train", 99), "limit_train 100 -> 99"),
+        (("--ema", 0.9), "ema 0.0 -> 0.9"),
+    ):
+        assert_refused(call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags, *flag), "other arguments", word)
+
+
+def test_resume_without_a_state_starts_from_the_beginning_and_says_so(tmp_path):
+    result = call("train", *CNN, "--max-steps", 1, "--output-dir", tmp_path, "--resume")
+    assert result.status == 0
+    assert "There is no state of 'cnn_small' to resume" in result.out
+
+
+def test_torch_elastics_restart_implies_resume(references, tmp_path, monkeypatch):
+    flags = (*RUNS["plain"], "--output-dir", tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, scripts.train, "train_step", 9)
+        call("train", *flags)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    result = call("train", *flags)
+    assert "Resuming 'cnn_small' after step 7" in result.out
+    assert_same_outcome(tmp_path, references("plain"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "both"])
+def test_a_damaged_state_is_passed_over_with_a_warning(references, damage, tmp_path, monkeypatch):
+    flags = (*RUNS["plain"], "--output-dir", tmp_path, "--checkpoint-every", 2)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, scripts.train, "train_step", 12)
+        call("train", *flags)
+    newest, older = resume.list_states(tmp_path / "checkpoints" / "cnn_small_state")
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-100] if damage == "truncated" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    if damage == "both":
+        older.write_bytes(b"")
+    result = call("train", *flags, "--resume")
+    assert result.status == 0
+    assert f"{newest} is truncated or altered" in result.err
+    assert ("starting from the beginning" if damage == "both" else "after step 8") in result.out
+    shutil.rmtree(tmp_path / "previous", ignore_errors=True)
+    assert_same_outcome(tmp_path, references("plain"))
+
+
+def test_a_state_is_tensors_and_json_and_two_are_kept(references):
+    states = resume.list_states(references("bf16, SGD, warm-up") / "checkpoints" / "cnn_small_state")
+    assert len(states) == resume.KEEP
+    assert sorted(p for p in states[0].parent.iterdir()) == sorted(states)
+    _, tensors, header = resume.read_newest(states[0].parent)
+    assert {key.split(".")[0] for key in tensors} == {"model", "optimizer", "ema", "totals"}
+    assert header["position"]["step"] == 21
+    assert any(key.endswith("momentum_buffer") for key in tensors)
+
+
+def test_a_state_of_another_model_is_refused_even_by_force(references, tmp_path):
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    flags = ("--model", "vit_scratch", *SMALL, "--run-name", "cnn_small", "--output-dir", tmp_path, "--resume")
+    assert_refused(call("train", *flags), "other arguments", "model")
+    assert_refused(call("train", *flags, "--force"), "is of another model")
+    assert_same_outcome(tmp_path, references("plain"))
+
+
+def test_a_state_with_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    real = engine.train_step
+
+    def poisoned(*args, step, **kwargs):
+        return real(*args, step=step, **kwargs) * (float("nan") if step == 2 else 1)
+
+    monkeypatch.setattr(scripts.train, "train_step", poisoned)
+    result = call("train", *CNN, "--output-dir", tmp_path, "--checkpoint-every", 1)
+    assert_refused(result, "not finite at step 2", statuses=(1,))
+    assert [p.name[:13] for p in resume.list_states(tmp_path / "checkpoints" / "cnn_small_state")] == ["step_00000002", "step_00000001"]
+
+
+# ---- signals and kills, in processes of their own ------------------------------------------------------------------------------
+
+LONG = (*RUNS["dropout, EMA, clipping"], "--checkpoint-every", 1)
+
+
+def start(folder: Path, *flags) -> subprocess.Popen:
+    argv = [sys.executable, ROOT / "train.py", *LONG, "--output-dir", folder, *flags]
+    return subprocess.Popen([str(a) for a in argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until a state of that step or a later one is there."""
+    while process.poll() is None:
+        states = resume.list_states(folder / "checkpoints" / "cnn_small_state")
+        if states and int(states[0].name[5:13]) >= step:
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)], ids=lambda v: str(v))
+def test_a_signal_saves_one_state_and_resume_ends_the_same(references, number, status, tmp_path):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 4, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert f"{signal.Signals(number).name}: a state is saved; the same command with --resume goes on" in err
+    assert "Traceback" not in err
+    result = call("train", *LONG, "--output-dir", tmp_path, "--resume")
+    assert result.status == 0, result.err
+    assert_same_outcome(tmp_path, references("dropout, EMA, clipping"))
+    assert_no_step_twice(tmp_path)
+
+
+def test_a_signal_in_validation_and_one_in_the_test(references, tmp_path, monkeypatch):
+    def signalled(number):
+        real, calls = engine.evaluate_model, []
+
+        def evaluate(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        return evaluate
+
+    flags = (*RUNS["dropout, EMA, clipping"], "--output-dir", tmp_path)
+    for number, extra in ((2, ()), (3, ("--resume",))):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(scripts.train, "evaluate_model", signalled(number))
+            call("train", *flags, *extra)
+        assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert call("train", *flags, "--resume").status == 0
+    assert_same_outcome(tmp_path, references("dropout, EMA, clipping"))
+    assert_no_step_twice(tmp_path)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    flags = (*RUNS["dropout, EMA, clipping"], "--output-dir", tmp_path)
+    code = (
+        "import os, signal, sys, time; sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, '.')\n"
+        "from modeling import resume; import train\n"
+        "def slow(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.7); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "resume.States.save = slow\n"
+        "train.main()"
+    )
+    argv = [sys.executable, "-c", code, *map(str, flags)]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert result.returncode == 143, result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_killed_at_random_moments_and_resumed_it_ends_the_same(references, tmp_path):
+    """The short version of benchmarks/kill_and_resume.py: three kills of a running job."""
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(tmp_path, "--resume")
+        states = resume.list_states(tmp_path / "checkpoints" / "cnn_small_state")
+        wait_for_step(tmp_path, (int(states[0].name[5:13]) if states else 0) + rng.randint(1, 4), process)
+        time.sleep(rng.random() * 0.05)
+        assert process.poll() is None, process.communicate()[1]
+        process.kill()
+        process.communicate()
+    process = start(tmp_path, "--resume")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_same_outcome(tmp_path, references("dropout, EMA, clipping"))
+    assert_no_step_twice(tmp_path)
