@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed import PrefixStore, TCPStore
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +102,9 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
     # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
     on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt and world_size > 1:
+        _join_again(attempt, world_size)
     patience = accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
     accelerator = accelerate.Accelerator(mixed_precision=args.mixed_precision, cpu=on_cpu, kwargs_handlers=[patience])
     if accelerator.num_processes != world_size:
@@ -113,6 +117,21 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return accelerator
+
+
+def _join_again(attempt: int, world_size: int) -> None:
+    """Join the group of a restarted job under keys of its own: the launcher's store still has the addresses of the ended processes.
+
+    https://github.com/pytorch/pytorch/issues/135712
+    """
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=COLLECTIVE_TIMEOUT)
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
 
 
 def refuse_processes() -> None:
@@ -211,3 +230,6 @@ def run(main: Callable[[], int | None]) -> int:
             time.sleep(_SAME_ERROR_SECONDS)  # the main process most likely has it too, says so, and the launcher ends this one
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    finally:
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()  # else its threads can abort the process as it ends
