@@ -32,7 +32,7 @@ CONFIGURATIONS = [(processes, precision) for processes in (1, 2) for precision i
 
 
 def start(processes: int, precision: str, dataset: str, folder: Path, *flags: str) -> subprocess.Popen:
-    """The job, in a session of its own, up to where it has said what it trains on."""
+    """The job, up to where it has said what it trains on."""
     launch = [sys.executable]
     if processes > 1:
         config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
@@ -48,10 +48,14 @@ def start(processes: int, precision: str, dataset: str, folder: Path, *flags: st
         "--output-dir",
         str(folder),
     ]
-    job = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    job = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not job.stdout.readline().startswith("hardware"):
         assert job.poll() is None, argv
     return job
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def end(job: subprocess.Popen) -> str:
@@ -83,7 +87,8 @@ def main() -> int:
             time.sleep(moment)
             running = job.poll() is None
             if running:
-                os.killpg(job.pid, signal.SIGKILL)
+                for pid in (*children(job.pid), job.pid):  # the launcher puts its processes in sessions of their own
+                    os.kill(pid, signal.SIGKILL)
             job.communicate()
             states = sorted((folder / "checkpoints").glob("*_state/step_*")) if running else []
             if running:

@@ -224,3 +224,64 @@ def test_the_seeded_loss_curve_is_golden(images):
 
 
 GOLDEN = [2.54871, 2.54498, 2.65094, 2.51754, 2.46367, 2.46843]
+
+
+class RecordingScaler(torch.amp.GradScaler):
+    """torch's own scaler, on the CPU, that notes what is asked of it in which order."""
+
+    def __init__(self, **kwargs):
+        super().__init__(device="cpu", **kwargs)
+        self.calls = []
+
+    def scale(self, outputs):
+        self.calls.append("scale")
+        return super().scale(outputs)
+
+    def unscale_(self, optimizer):
+        self.calls.append("unscale")
+        return super().unscale_(optimizer)
+
+    def step(self, optimizer, *args, **kwargs):
+        self.calls.append("step")
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, *args):
+        self.calls.append("update")
+        return super().update(*args)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """An accelerator that scales the loss as in fp16, though the CPU computes in fp32."""
+
+    def make(init_scale):
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.scaler = RecordingScaler(init_scale=init_scale)
+        accelerator.native_amp = True
+        monkeypatch.setattr(accelerate.Accelerator, "mixed_precision", "fp16")
+        return accelerator
+
+    return make
+
+
+def test_under_a_grad_scaler_gradients_are_clipped_unscaled_and_once_a_step(accelerator, images, scaled):
+    objective = Objective(PREP, clip_grad=0.5)
+    plain, ours = small_cnn(), small_cnn()
+    expected = run(accelerator, images, plain, objective=objective, steps=2, accumulation=2)
+    fp16 = scaled(1024.0)
+    totals = run(fp16, images, ours, objective=objective, steps=2, accumulation=2)
+    assert fp16.scaler.calls == ["scale", "scale", "unscale", "step", "update"] * 2
+    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-4)  # the losses that are shown, and looked at, are not scaled
+    start, end, expected_end = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (small_cnn(), ours, plain))
+    assert (end - expected_end).norm() < 0.02 * (expected_end - start).norm()  # fp16 has 11 bits
+
+
+def test_an_overflow_under_a_grad_scaler_skips_the_step_and_is_no_bad_loss(images, scaled):
+    fp16, model = scaled(1e38), small_cnn()
+    model.classifier[-1].weight.data *= 1e3  # gradients of this loss overflow at that scale
+    before = [p.detach().clone() for p in model.parameters()]
+    totals = run(fp16, images, model, steps=1)
+    assert totals.isfinite().all(), "the loss was fine: only its scale was not, and the scaler lowers it"
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert fp16.scaler.get_scale() < 1e38
+    run(fp16, images, model, steps=1)
