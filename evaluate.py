@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt checkpoints/cnn_best.safetensors
     python evaluate.py --ckpt checkpoints/cnn_best.safetensors checkpoints/vit_best.safetensors --split test
-    accelerate launch --config_file accelerate_configs/gpu.yaml evaluate.py --ckpt checkpoints/vit_best.safetensors
+    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml evaluate.py --ckpt checkpoints/vit_best.safetensors
 
 A checkpoint says by itself which model, classes, preprocessing and dataset it needs. Writes traces/ under --output-dir.
 """

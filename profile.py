@@ -2,7 +2,7 @@
 
     python profile.py --models cnn vit
     accelerate launch --config_file accelerate_configs/cpu.yaml profile.py --models cnn_small vit_scratch --dataset cifar10
-    accelerate launch --config_file accelerate_configs/gpu.yaml profile.py --models resnet18 deit --batch-size 64
+    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml profile.py --models resnet18 deit --batch-size 64
 
 Writes a Chrome trace and an operator table of each model, and profile_comparison.txt and .csv, to traces/ under --output-dir.
 """

@@ -1,10 +1,11 @@
 """Train an image classifier: arguments -> recipe -> data -> model -> prepare -> the loop -> final evaluation.
 
-    python train.py --model cnn --dataset digits --augment none               # one process, on what there is
-    accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model vit_scratch --dataset cifar10
-    accelerate launch --config_file accelerate_configs/gpu.yaml train.py --model vit --lr 0.01
+    accelerate launch train.py --model vit --lr 0.01                                                      # on what there is
+    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml train.py --model vit           # one GPU
+    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit --resume   # many
 
-Writes checkpoints/{run}_best.safetensors and {run}_final.safetensors, and runs/{run}/ for TensorBoard, under --output-dir.
+Writes checkpoints/{run}_best.safetensors, {run}_final.safetensors and {run}_state/ (to --resume from), and runs/{run}/ for
+TensorBoard, under --output-dir.
 """
 
 import argparse

@@ -11,6 +11,9 @@ hub          downloads from the Hugging Face hub, and its cache
 data         a dataset's name or folder -> splits -> images in memory -> batches
 schedule     the learning rate as a pure function of the step
 engine       train_step and predict: the numeric path
+sanity       the sanity check: can the model overfit a few batches?
+preemption   signals that ask a run to end, on all processes at the same step
+resume       the state to resume from
 metrics      accuracy, F1 and the rest, as local `evaluate` modules
 checkpoint   one self-describing safetensors file, written atomically
 tracking     TensorBoard and metrics.jsonl
