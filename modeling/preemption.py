@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
 GPU_CHECK_EVERY = 20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
 SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import safetensors.torch
+import test_processes
 import timm
 import torch
 from conftest import ROOT, assert_refused, call, command
@@ -299,6 +300,33 @@ def test_of_several_processes_one_downloads(hub, tmp_path):
         assert process.returncode == 0, err
         assert out.strip() == hub.repositories["datasets/tanganke/stl10"].sha(1)
     assert len(hub.downloads()) == len(set(hub.downloads())) == 3
+
+
+def test_ranks_wait_for_a_slow_download_outside_of_any_collective(hub, tmp_path):
+    """A download that takes longer than a collective may: none is under way meanwhile."""
+    hub.slow_seconds = 0.04  # the weights are 350 pieces: 14 seconds
+    patience = "import datetime; cli.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=9)\n"
+    flags = (
+        "--model",
+        "vit",
+        "--dataset",
+        "digits",
+        "--limit-train",
+        8,
+        "--limit-eval",
+        4,
+        "--batch-size",
+        4,
+        *FEW,
+        "--output-dir",
+        tmp_path,
+    )
+    env = environment(hub, tmp_path / "home")
+    port = test_processes.free_port()
+    options = dict(before=patience, **env)
+    ranks = [test_processes.start_rank(rank, 2, port, "train", flags, **options) for rank in range(2)]
+    test_processes.finish(ranks)
+    assert len(hub.downloads()) == 1
 
 
 def test_a_download_that_is_killed_leaves_nothing_that_passes_for_whole(hub, tmp_path, home, monkeypatch):

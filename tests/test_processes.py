@@ -30,6 +30,7 @@ from modeling import cli, recipes
 for key, recipe in list(recipes.REFERENCE.items()):
     if "dropout" in recipe.model_args:
         recipes.REFERENCE[key] = dataclasses.replace(recipe, model_args={**recipe.model_args, "dropout": 0.0, "attention_dropout": 0.0})
+#before
 spec = importlib.util.spec_from_file_location("script", sys.argv[1] + ".py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -44,11 +45,11 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def start_rank(rank: int, world_size: int, port: str, script: str, *calls) -> subprocess.Popen:
-    """A process that is one of a launcher's, of one thread."""
+def start_rank(rank: int, world_size: int, port: str, script: str, *calls, before: str = "", **environment) -> subprocess.Popen:
+    """A process that is one of a launcher's, of one thread; it runs the code `before` first."""
     env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
-    env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    argv = [sys.executable, "-c", WORKER, script, json.dumps([[str(a) for a in one] for one in calls])]
+    env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
+    argv = [sys.executable, "-c", WORKER.replace("#before", before), script, json.dumps([[str(a) for a in one] for one in calls])]
     return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

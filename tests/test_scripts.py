@@ -64,15 +64,23 @@ def test_every_script_runs_by_path_from_any_folder(script, tmp_path):
 # ---- as a user runs them -------------------------------------------------------------------------------------------------------
 
 
-def test_the_launcher_trains_and_the_checkpoint_evaluates(tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / "cpu.yaml"]
+@pytest.mark.parametrize("config, precision", [("cpu", "no"), ("cpu_bf16", "bf16")])
+def test_the_launcher_trains_and_the_checkpoint_evaluates(config, precision, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
     result = command(*launch, ROOT / "train.py", *TINY, "--max-steps", 4, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"{cli.num_cores()} threads" in result.stdout  # the launcher's OMP_NUM_THREADS=1 is nobody's choice
+    # the launcher's OMP_NUM_THREADS=1 is nobody's choice
+    assert f"hardware   cpu, 1 process of {cli.num_cores()} threads, precision {precision}" in result.stdout
     assert "Traceback" not in result.stderr
-    result = command(sys.executable, ROOT / "evaluate.py", "--ckpt", "checkpoints/cnn_small_best.safetensors", cwd=tmp_path)
+    result = call("evaluate", "--ckpt", tmp_path / "checkpoints" / "cnn_small_best.safetensors", "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    assert re.search(r"accuracy 0\.\d{4}, macro F1 0\.\d{4}", result.out)
+    assert (tmp_path / "traces" / "metrics.csv").exists()
+
+
+def test_evaluate_as_a_command(trained, tmp_path):
+    result = command(sys.executable, ROOT / "evaluate.py", "--ckpt", trained.best, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"accuracy 0\.\d{4}, macro F1 0\.\d{4}", result.stdout)
     assert (tmp_path / "traces" / "metrics.csv").exists()
 
 
