@@ -201,6 +201,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     )
 
     # ---- prepare, once ---------------------------------------------------------------------------------------------------------
+    fingerprint = images["train"].fingerprint()
+    resume.check_agreement(accelerator, args, [fingerprint, model_args])
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     settle(accelerator, model, args.image_size)
     if args.compile:
@@ -219,15 +221,15 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         classes=source.classes,
         preprocessing=objective.preprocessing,
         arguments=vars(args) | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
-        dataset={"name": source.name, "revision": source.revision, "train_sha256": images["train"].fingerprint()},
+        dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
         weights=weights,
     )
     paths = {kind: args.output_dir / "checkpoints" / f"{run}_{kind}.safetensors" for kind in ("best", "final")}
-    resume.check_agreement(accelerator, args.output_dir, header)
     states = resume.States(args.output_dir / "checkpoints" / f"{run}_state", accelerator, raw_model, optimizer, ema, header)
     position, totals = resume.start(states, args, run)
-    first_new_step = position.step + (position.num_seen == 0)  # the step of a finished epoch has been recorded
-    log = dict(first_step=first_new_step, log_bytes=position.log_bytes)
+    recorded = position.finished or position.num_seen == 0  # what there is to say of this step
+    resume.go_on(position, totals, args, len(images["train"]), states.differs)
+    log = dict(first_step=position.step + recorded, log_bytes=position.log_bytes)
     tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process, **log)
 
     def save_state() -> None:
@@ -245,7 +247,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     num_done = position.epoch * len(images["train"]) + position.num_seen
     progress = cli.Progress(full_epochs * len(images["train"]) + rest * args.batch_size, "epoch", done=num_done)
     with preemption.Preemption(accelerator, save_state) as signals:
-        for epoch in range(position.epoch, args.epochs):
+        for epoch in range(position.epoch, args.epochs) if not position.finished else ():
             model.train()
             progress.describe(f"epoch {epoch + 1}/{args.epochs}")
             steps = data.training_steps(
@@ -257,9 +259,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 mix=objective.mixes,
-                start=position.step - epoch * steps_per_epoch,
+                start=math.ceil(position.num_seen / args.batch_size),
             )
-            for micro_batches in itertools.islice(steps, total_steps - position.step):
+            for micro_batches in itertools.islice(steps, args.max_steps and args.max_steps - position.step):
                 num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
                 where = dict(epoch=epoch, step=position.step, num_images=num_images)
                 step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, lr=rate(position.step), objective=objective)
@@ -290,7 +292,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 header |= {"epoch": epoch + 1, "step": position.step, "metrics": scores}
                 is_best = position.best is None or better(scores[args.best_metric], position.best) != position.best
                 stale = 0 if is_best else epoch + 1 - position.best_epoch
-                last = position.step == total_steps or (args.early_stop and stale >= args.early_stop)
+                last = epoch + 1 == args.epochs or (args.early_stop and stale >= args.early_stop)
                 if is_best:
                     position.best, position.best_epoch, position.best_scores = scores[args.best_metric], epoch + 1, scores
                 clock = {"train_seconds": time.monotonic() - started}
@@ -301,10 +303,11 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
             validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
             progress.say(f"epoch {epoch + 1}/{args.epochs}  step {position.step:,}  lr {lr:.2e}  {train_text}  {validation_text}")
-            position.epoch, position.num_seen, position.test = args.epochs if last else epoch + 1, 0, None
-            totals.zero_()
             if last:
+                position.finished = True
                 break
+            position.epoch, position.num_seen = epoch + 1, 0
+            totals.zero_()
             save_state()
         progress.close()
 

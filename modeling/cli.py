@@ -202,7 +202,7 @@ def check_output_dir(folder: Path, *subfolders: str) -> None:
         try:
             place.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # processes of other machines may have this one's number
         except OSError as error:
             raise ValueError(f"cannot write to the output folder {place}: {error.strerror}") from error
 

@@ -36,19 +36,20 @@ def download(repo_id: str, *, repo_type: str, revision: str | None = None, files
         try:
             with WeakFileLock(Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"):
                 return Path(_with_retries(repo_id, **options))
+        except errors.HFValidationError as failure:
+            raise ValueError(f"{repo_type} {repo_id!r} is no name of the hub, such as owner/name") from failure
         except (httpx2.HTTPError, OSError) as failure:
-            if getattr(failure, "errno", None):  # the disk's, not the hub's
-                raise
             error = failure
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, **options, local_files_only=True))
     except errors.LocalEntryNotFoundError:
+        if getattr(error, "errno", None):  # the disk's, not the hub's
+            raise error from None
         name = f"{repo_type} {repo_id}{f'@{revision}' if revision else ''}"
         raise ValueError(f"{name} cannot be had from the hub: {_reason(error)}; {WAYS_OUT[repo_type]}") from error
 
 
 def _with_retries(repo_id: str, **options) -> str:
-    give_up = time.monotonic() + QUIET_ANSWERS * _answer_seconds()
     for wait in (*RETRY_WAITS, None):
         try:
             return huggingface_hub.snapshot_download(repo_id, **options, etag_timeout=_answer_seconds(), tqdm_class=_Bar)
@@ -56,7 +57,7 @@ def _with_retries(repo_id: str, **options) -> str:
             raise  # the last after five tries of the library's own
         except (httpx2.HTTPError, OSError) as error:
             lasting = isinstance(error.__cause__ or error, (errors.OfflineModeIsEnabled, httpx2.ConnectError))
-            if wait is None or lasting or getattr(error, "errno", None) or time.monotonic() > give_up:
+            if wait is None or lasting or getattr(error, "errno", None) or _is_quiet():
                 raise
         time.sleep(wait)
     raise AssertionError
@@ -64,6 +65,10 @@ def _with_retries(repo_id: str, **options) -> str:
 
 def _answer_seconds() -> float:
     return float(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") or ANSWER_SECONDS)
+
+
+def _is_quiet() -> bool:
+    return time.monotonic() - _heard > QUIET_ANSWERS * _answer_seconds()
 
 
 def _be_impatient() -> None:
@@ -77,7 +82,7 @@ def _be_impatient() -> None:
     constants.HF_HUB_DISABLE_XET = True
 
     def limit(request) -> None:
-        if time.monotonic() - _heard > QUIET_ANSWERS * _answer_seconds():
+        if _is_quiet():
             constants.HF_HUB_OFFLINE = True
             raise errors.OfflineModeIsEnabled("the hub does not answer")
         request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), _answer_seconds())
@@ -101,6 +106,11 @@ class _Bar(tqdm):
         of_bytes = str(kwargs.get("desc")).startswith("Reconstructing")
         kwargs |= dict(disable=not (of_bytes and sys.stderr.isatty()), bar_format=None, desc="downloading", delay=1, dynamic_ncols=True)
         super().__init__(*args, **kwargs)
+
+    def update(self, n: float | None = 1) -> None:
+        global _heard
+        _heard = time.monotonic()
+        super().update(n)
 
     def set_description(self, *args, **kwargs) -> None:
         """The library would say that it reconstructs."""

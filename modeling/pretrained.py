@@ -112,7 +112,10 @@ def find_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
     if not (folder / HUB_FILE).exists():
         raise ValueError(f"model {hub_id} has no {HUB_FILE}: give --weights FILE.safetensors, or --weights none for random ones")
     if wanted != "default" and (folder / "config.json").exists():
-        config = json.loads((folder / "config.json").read_text())
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"the config.json of model {hub_id} is broken ({error}): give --weights FILE.safetensors") from error
         architecture = config.get("architecture", "")
         if from_scratch or architecture.split(".")[0] != timm_name(model).split(".")[0]:
             raise ValueError(f"model {hub_id} is a {architecture or 'model of another library'}, not {model}: choose --model timm/NAME")

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import re
 import sys
 from dataclasses import dataclass, field
@@ -27,7 +28,10 @@ FREE_ARGUMENTS = {"run_name", "num_threads"}  # a resumed run may have others
 
 @dataclass
 class Position:
-    """Where a run is: `step` updates are done in all, and `num_seen` images of epoch `epoch` (from 0) seen."""
+    """Where a run is: `step` updates are done in all, and `num_seen` images of epoch `epoch` (from 0) seen.
+
+    finished: no step is left, and its last epoch is recorded.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -37,6 +41,7 @@ class Position:
     best_scores: dict[str, float] = field(default_factory=dict)
     log_bytes: int = 0  # of metrics.jsonl
     seconds: float = 0.0
+    finished: bool = False
     test: dict[str, float] | None = None
 
 
@@ -49,6 +54,7 @@ class States:
     def __init__(self, folder: Path, accelerator: Accelerator, model: nn.Module, optimizer, ema: Ema | None, header: dict[str, Any]):
         self.folder, self.accelerator, self.model, self.optimizer, self.ema = folder, accelerator, model, optimizer, ema
         self.arguments = {name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS}
+        self.restored, self.differs = 0, False
         self.arguments |= {"train_sha256": header["dataset"]["train_sha256"], "model": header["model"]}
 
     def save(self, position: Position, totals: torch.Tensor) -> None:
@@ -67,6 +73,7 @@ class States:
                 else:
                     plain.setdefault(str(number), {})[name] = value
         header = {
+            "launcher": _launcher(),
             "position": dataclasses.asdict(position),
             "arguments": self.arguments,
             "optimizer": plain,
@@ -78,18 +85,20 @@ class States:
         path = self.folder / f"step_{position.step:08d}_{_digest(content)}.safetensors"
         with atomic_write(path) as file:
             file.write(content)
-        older = [p for p in list_states(self.folder) if p != path]
-        for old in {*older[KEEP - 1 :], *(p for p in older if p.name.startswith(path.name[:13]))}:
+        others = [p for p in list_states(self.folder) if p != path]
+        older = [p for p in others if p.name[:13] < path.name[:13]]
+        for old in {*others} - {*older[: KEEP - 1]}:  # a newer one is broken, or of a course that was left
             old.unlink()
         self.accelerator.wait_for_everyone()
 
-    def restore(self, force: bool) -> tuple[Position, torch.Tensor] | None:
+    def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[Position, torch.Tensor] | None:
         """Load the newest whole state into model, optimizer and average; its position and this process's totals. None: there is none.
 
-        ValueError: it is of a run with other arguments (unless `force`), or of another model.
+        of_launcher: only one that this launcher's processes wrote. ValueError: it is of a run with other arguments (unless `force`),
+        or of another model or optimizer.
         """
         found = read_newest(self.folder, warn=self.accelerator.is_main_process)
-        if found is None:
+        if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
             return None
         path, tensors, header = found
         names = sorted(self.arguments.keys() | header["arguments"].keys())
@@ -97,6 +106,9 @@ class States:
         differing = [f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if saved.get(name) != wanted.get(name)]
         if differing and not force:
             raise ValueError(f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force")
+        if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
+            raise ValueError(f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}")
+        self.restored, self.differs = int(path.stem[-15:], 16), bool(differing)
         groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for key, value in tensors.items():
             group, _, name = key.partition(".")
@@ -109,7 +121,7 @@ class States:
             self.model.load_state_dict(groups["model"])
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is of another model: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is of another model or optimizer: {str(error).splitlines()[0]}") from error
         if self.ema and groups["ema"]:
             self.ema.updates = header["ema_updates"]
             for name, value in groups["ema"].items():
@@ -126,33 +138,68 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def _launcher() -> str:
+    """What started this process: the same for a process that torch elastic starts again."""
+    return f"{platform.node()}:{os.getppid()}"
+
+
 def start(states: States, args, run: str) -> tuple[Position, torch.Tensor]:
-    """Where the run begins, and this process's totals: at the newest state with --resume, or when torch elastic restarted it."""
+    """Where the run begins, and this process's totals: at the newest state with --resume, or when torch elastic restarted the job.
+
+    Without --resume that state must be of the same job: one that died before its first state finds those of older runs. ValueError:
+    the processes found different states.
+    """
     accelerator = states.accelerator
-    wanted = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    restored = states.restore(args.force) if wanted else None
+    restarted = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], device=accelerator.device)
+    restarted = int(accelerator.gather(restarted).max()) > 0
+    restored = None
+    if args.resume or restarted:
+        restored = states.restore(force=args.force, of_launcher=None if args.resume else _launcher())
+    found = accelerator.gather(torch.tensor([states.restored], device=accelerator.device))
+    if len(found.unique()) > 1:
+        raise ValueError(f"the processes found different states in {states.folder}: it must be shared by all machines")
     if restored:
         print(f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}", flush=True)
     else:
-        if wanted:
+        if args.resume or restarted:
             print(f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning", flush=True)
         moved = checkpoint.move_aside(args.output_dir, run) if accelerator.is_main_process else None
         if moved:
             print(f"The files of an older run {run!r} are now in {moved}")
         restored = Position(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    if accelerator.is_main_process:  # what a kill left of a file that was being written
+        for half in [*states.folder.glob(".step_*.tmp"), *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp")]:
+            half.unlink()
     accelerator.wait_for_everyone()
     return restored
 
 
-def check_agreement(accelerator: Accelerator, output_dir: Path, header: dict[str, Any]) -> None:
+def go_on(position: Position, totals: torch.Tensor, args, num_train: int, differs: bool) -> None:
+    """Fit a restored position to arguments that --force changed. ValueError: they end before it, or cut an epoch elsewhere."""
+    if position.step > (args.max_steps or position.step) or position.epoch >= args.epochs:
+        raise ValueError(f"the state is after step {position.step}, in epoch {position.epoch + 1}: give a longer run than that")
+    if position.finished and differs and (position.step < args.max_steps if args.max_steps else position.epoch + 1 < args.epochs):
+        position.finished, position.test = False, None
+        if position.num_seen == num_train:
+            position.epoch, position.num_seen = position.epoch + 1, 0
+            totals.zero_()
+    if position.num_seen % args.batch_size and position.num_seen < num_train:
+        raise ValueError(f"the state has seen {position.num_seen} images of its epoch, not a multiple of --batch-size {args.batch_size}")
+
+
+def check_agreement(accelerator: Accelerator, args, content: list[Any]) -> None:
     """ValueError: the processes have other arguments or images than the main one, or do not see its output folder."""
     if accelerator.num_processes == 1:
         return
-    content = json.dumps([header["arguments"], header["dataset"], header["model"]], sort_keys=True).encode()
-    digest = torch.tensor([int.from_bytes(hashlib.sha256(content).digest()[:7])], device=accelerator.device)
-    if len(accelerator.gather(digest).unique()) > 1:
+    free = ("output_dir", "num_workers", "num_threads")
+    content = [{name: value for name, value in vars(args).items() if name not in free}, content]
+    digest = int.from_bytes(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:7])
+    digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
+    if len(digests.unique()) > 1:
         raise ValueError("the processes were started with other arguments, or read other images: start all with the same command and data")
-    probe = output_dir / f".shared-{int(accelerator.gather(digest)[0]):x}"
+    if args.sanity_check:  # which writes nothing
+        return
+    probe = args.output_dir / f".shared-{digest:x}"
     if accelerator.is_main_process:
         probe.touch()
     accelerator.wait_for_everyone()
@@ -161,7 +208,7 @@ def check_agreement(accelerator: Accelerator, output_dir: Path, header: dict[str
     if accelerator.is_main_process:
         probe.unlink()
     if not seen:
-        raise ValueError(f"--output-dir {output_dir} is not the folder that the main process writes: it must be shared by all machines")
+        raise ValueError(f"--output-dir {args.output_dir} is not the folder that the main process writes: all machines must share it")
 
 
 def list_states(folder: Path) -> list[Path]:

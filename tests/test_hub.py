@@ -24,6 +24,7 @@ from huggingface_hub import constants
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import modeling.hub
 from modeling import checkpoint, data, models, pretrained
 from modeling.hub import download
 
@@ -275,6 +276,34 @@ def test_a_hub_that_fails_serves_what_is_cached(hub, home):
         hub.failures.clear()
         hub.fail(".", kind)
         assert len(data.load_source("stl10").splits["train"]) == 12
+
+
+def test_a_slow_hub_is_not_a_dead_one(hub, home):
+    """More files than are fetched at once, each of them slower than a dead hub is waited for (5 seconds here)."""
+    names = [f"data/{n}.bin" for n in range(10)]
+    hub.repositories["datasets/me/many"] = Repository([{name: os.urandom(7 << 16) for name in names}])
+    hub.slow_seconds = 0.9
+    folder = download("me/many", repo_type="dataset")
+    assert all((folder / name).stat().st_size == 7 << 16 for name in names)
+
+
+@pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git"])
+def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, name):
+    assert_refused(call("train", "--dataset", name), f"dataset '{name}' is no name of the hub")
+    assert_refused(call("train", "--model", "vit", "--weights", f"hf-hub:{name}"), f"model '{name}' is no name of the hub")
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, home, monkeypatch):
+    """As a read-only one of a cluster: the lock cannot be had."""
+    assert len(data.load_source("stl10").splits["train"]) == 12
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "lock")
+
+    monkeypatch.setattr(modeling.hub, "WeakFileLock", refuse)
+    assert len(data.load_source("stl10").splits["train"]) == 12
+    with pytest.raises(PermissionError):
+        data.load_source("cifar10")
 
 
 def test_without_network_the_error_names_the_ways_out(tmp_path):

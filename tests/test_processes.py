@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -275,17 +276,28 @@ def test_a_bad_launch_is_one_line(tmp_path):
 def test_processes_that_disagree_are_refused(tmp_path):
     flags = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 40, "--max-steps", 1, "--output-dir", tmp_path)
     port = free_port()
-    processes = [start_rank(rank, 2, port, "train", (*flags, "--seed", rank)) for rank in range(2)]
+    processes = [start_rank(rank, 2, port, "train", (*flags, *("--resume",) * rank)) for rank in range(2)]
     for _, err in finish(processes, status=2):
         assert "error: the processes were started with other arguments" in err
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_output_folder_must_be_shared(monkeypatch, tmp_path):
+def test_the_output_folder_must_be_shared(tmp_path):
     class Two:
         num_processes, is_main_process, device = 2, False, torch.device("cpu")
         gather = staticmethod(lambda tensor: tensor)
         wait_for_everyone = staticmethod(lambda: None)
 
-    with pytest.raises(ValueError, match="must be shared by all machines"):
-        resume.check_agreement(Two, tmp_path, {"arguments": {}, "dataset": {}, "model": {}})
+    args = SimpleNamespace(output_dir=tmp_path, sanity_check=False)
+    with pytest.raises(ValueError, match="all machines must share it"):
+        resume.check_agreement(Two, args, [])
+
+
+def test_processes_that_find_different_states_are_refused(tmp_path):
+    class Two:
+        is_main_process, device = False, torch.device("cpu")
+        gather = staticmethod(lambda tensor: torch.cat([tensor, tensor + 1]))
+
+    states = SimpleNamespace(accelerator=Two, restored=0, folder=tmp_path, restore=lambda **_: None)
+    with pytest.raises(ValueError, match="found different states"):
+        resume.start(states, SimpleNamespace(resume=True, force=False), "run")

@@ -149,7 +149,7 @@ def test_a_finished_run_resumed_says_its_result_again(references, tmp_path):
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     again = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume")
     assert again.status == 0, again.err
-    assert "after step 21" in again.out
+    assert "after step 21, in epoch 3" in again.out
     assert re.search(r"test accuracy 0\.\d+, macro F1", again.out)
     assert_same_outcome(tmp_path, references("plain"))
     assert_no_step_twice(tmp_path)
@@ -166,6 +166,71 @@ def test_force_goes_on_with_more_epochs(references, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "runs" / "cnn_small" / "metrics.jsonl").read_text().splitlines()]
     assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2, 3, 4]
     assert_no_step_twice(tmp_path)
+
+
+def test_force_goes_on_after_an_epoch_that_was_cut(references, tmp_path):
+    """--max-steps 10 ends within the second epoch of 7 steps; with 14 it is finished, on the images that it had not seen."""
+    flags = (*CNN, "--output-dir", tmp_path)
+    assert call("train", *flags, "--max-steps", 10).status == 0
+    seen = []
+    real = scripts.train.train_step
+
+    def watched(*args, epoch, num_images, **kwargs):
+        seen.append((epoch, num_images, args[3][0].indices.tolist()))
+        return real(*args, epoch=epoch, num_images=num_images, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts.train, "train_step", watched)
+        result = call("train", *flags, "--max-steps", 14, "--resume", "--force")
+    assert result.status == 0, result.err
+    assert "Trained 14 steps" in result.out
+    assert [(epoch, n) for epoch, n, _ in seen] == [(1, 16), (1, 16), (1, 16), (1, 4)]
+    final = checkpoint.read_header(tmp_path / "checkpoints" / "cnn_small_final.safetensors")
+    assert (final["epoch"], final["step"]) == (2, 14)
+    assert_no_step_twice(tmp_path)
+    whole = call("train", *CNN, "--max-steps", 14, "--output-dir", tmp_path / "whole")
+    assert whole.status == 0
+    ours, theirs = (safetensors.torch.load_file(f / "checkpoints" / "cnn_small_final.safetensors") for f in (tmp_path, tmp_path / "whole"))
+    assert all(torch.equal(ours[key], value) for key, value in theirs.items())
+
+
+def test_what_force_cannot_do(references, tmp_path, monkeypatch):
+    flags = (*CNN, "--output-dir", tmp_path, "--checkpoint-every", 1)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, scripts.train, "train_step", 11)
+        call("train", *flags)
+    forced = (*flags, "--resume", "--force")
+    assert_refused(call("train", *forced, "--batch-size", 20), "48 images of its epoch, not a multiple of --batch-size 20")
+    assert_refused(call("train", *forced, "--max-steps", 9), "after step 10", "give a longer run")
+    assert_refused(call("train", *forced, "--epochs", 1), "in epoch 2", "give a longer run")
+    assert_refused(call("train", *forced, "--optimizer", "sgd"), "another model or optimizer")
+    assert call("train", *flags, "--resume").status == 0
+    assert_same_outcome(tmp_path, references("plain"))
+
+
+def test_a_restart_does_not_take_up_an_older_run(references, tmp_path, monkeypatch):
+    """A job that torch elastic restarts before its first state finds the states of the run before."""
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setattr(resume, "_launcher", lambda: "another")
+    result = call("train", *RUNS["plain"], "--lr", 0.01, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    assert "The files of an older run 'cnn_small' are now in" in result.out
+
+
+def test_what_a_kill_left_half_written_is_removed_and_a_newer_broken_state_too(references, tmp_path):
+    shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
+    states = tmp_path / "checkpoints" / "cnn_small_state"
+    halves = [states / ".step_00000021_x.safetensors.abc.tmp", tmp_path / "checkpoints" / ".cnn_small_best.safetensors.abc.tmp"]
+    for path in halves:
+        path.write_bytes(b"half")
+    newest = resume.list_states(states)[0]
+    newest.write_bytes(b"broken")
+    result = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume", "--checkpoint-every", 1)
+    assert result.status == 0, result.err
+    assert not any(path.exists() for path in (*halves, newest))
+    assert len(resume.list_states(states)) == resume.KEEP
+    assert_same_outcome(tmp_path, references("plain"))
 
 
 def test_what_may_differ_when_resuming(references, tmp_path):
