@@ -68,10 +68,8 @@ else:
 
         def run(self, args: Any, accelerator) -> report.Evaluated:
             """Decode, predict and compute."""
-            with cli.Progress(len(self.rows), "decoding") as progress:
-                size = self.header["preprocessing"]["image_size"]
-                options = dict(image_size=size, num_threads=args.num_workers, progress=progress.update)
-                images = data.decode(self.source, self.own_split, self.rows, **options)
+            options = dict(image_size=self.header["preprocessing"]["image_size"], num_threads=args.num_workers, progress=cli.Progress)
+            images = data.decode(self.source, self.own_split, self.rows, **options)
             images.labels = images.labels.new_tensor(self.numbers)[images.labels]  # as the checkpoint numbers its classes
             model, header = checkpoint.load_model(self.path)
             parameters, trainable = models.count_parameters(model)

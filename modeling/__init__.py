@@ -8,7 +8,8 @@ pretrained   timm backbones: a new head, freezing, hub or local weights
 models       build_model: from a name to a module
 transforms   augmentation, resizing and normalising of a uint8 batch
 hub          downloads from the Hugging Face hub, and its cache
-data         a dataset's name or folder -> splits -> images in memory -> batches
+store        decoded images on disk, built once, mapped into memory
+data         a dataset's name or folder -> splits -> images -> batches
 schedule     the learning rate as a pure function of the step
 engine       train_step and predict: the numeric path
 sanity       the sanity check: can the model overfit a few batches?

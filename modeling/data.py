@@ -4,6 +4,7 @@ Images are decoded once, before training, into uint8 tensors; what is random abo
 step (modeling/randomness.py).
 """
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from modeling import randomness
+from modeling import randomness, store
 from modeling.hub import download
 
 HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
@@ -266,13 +267,14 @@ def iterate_images(
 
 @dataclass
 class Images:
-    """Decoded images of one split. pixels: uint8 (N, 3, H, W), or a list of (3, H_i, W_i) where the sizes differ.
+    """Decoded images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), or a list of (3, H_i, W_i) of varied sizes.
 
-    sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, the row of each in the dataset's split, by which its
-    augmentation is drawn.
+    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, the row of each in the dataset's split,
+    by which its augmentation is drawn.
     """
 
-    pixels: torch.Tensor | list[torch.Tensor]
+    pixels: store.Pixels
+    where: torch.Tensor
     sizes: torch.Tensor
     labels: torch.Tensor
     rows: torch.Tensor
@@ -283,46 +285,52 @@ class Images:
 
     def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""
-        sizes = self.sizes[positions]
+        sizes, where = self.sizes[positions], self.where[positions]
         if isinstance(self.pixels, torch.Tensor):
-            return self.pixels[positions], sizes
+            return self.pixels[where], sizes
         height, width = sizes.amax(dim=0).tolist()
         out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
-        for canvas, position in zip(out, positions.tolist(), strict=True):
-            image = self.pixels[position]
+        for canvas, index in zip(out, where.tolist(), strict=True):
+            image = self.pixels[index]
             canvas[:, : image.shape[1], : image.shape[2]] = image
         return out, sizes
 
     def fingerprint(self) -> str:
         """SHA-256 of sizes, labels and pixels."""
         digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
-        for image in self.pixels:
-            digest.update(image.numpy())
+        for index in self.where.tolist():
+            digest.update(self.pixels[index].numpy())
         return digest.hexdigest()
 
 
 def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | None, num_threads: int, progress=None) -> Images:
-    """Decode `rows` of the dataset's own `split`, all of them before anything is computed.
+    """The images of `rows` of the dataset's own `split`, all of them decoded before anything is computed.
 
-    Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that (and long sides at three times
-    that). progress(n) is called as images come. ValueError: an image that cannot be decoded, by name.
+    More than half of a split come from its store, which is built where it is not there; fewer, or those of a dataset that is in
+    memory, are decoded into memory. Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that
+    (and long sides at three times that). progress(total, "decoding") gives a context with update(n). ValueError: an image that
+    cannot be decoded, by name.
     """
     keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
-    pixels: torch.Tensor | list[torch.Tensor] = []
-    for position, (_, image) in enumerate(iterate_images(source, split, rows, num_threads, keep)):
-        image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        if position == 0:
-            pixels = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
-        elif isinstance(pixels, torch.Tensor) and pixels.shape[1:] != image.shape:
-            pixels = [*pixels[:position].clone()]  # not all of one size after all
-        if isinstance(pixels, torch.Tensor):
-            pixels[position] = image
-        else:
-            pixels.append(image.contiguous())
-        if progress:
-            progress(1)
-    sizes = torch.tensor([image.shape[1:] for image in pixels])
-    return Images(pixels, sizes, source.labels(split)[rows], rows, source.classes)
+    path = store.store_path(source.splits[split], source.image_column, keep)
+
+    def images(wanted: torch.Tensor) -> Iterator[Image.Image]:
+        with progress(len(wanted), "decoding") if progress else contextlib.nullcontext() as bar:
+            for _, image in iterate_images(source, split, wanted, num_threads, keep):
+                yield image
+                if bar:
+                    bar.update(1)
+
+    if path and (path.exists() or 2 * len(rows) > len(source.splits[split])):
+        store.build(path, images(torch.arange(len(source.splits[split]))))
+        pixels, where = store.read(path), rows
+    else:
+        pixels, where = store.collect(images(rows)), torch.arange(len(rows))
+    if isinstance(pixels, torch.Tensor):
+        sizes = torch.tensor(pixels.shape[2:]).expand(len(rows), 2)
+    else:
+        sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
+    return Images(pixels, where, sizes, source.labels(split)[rows], rows, source.classes)
 
 
 def own_size(images: Images) -> int:

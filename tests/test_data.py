@@ -115,7 +115,7 @@ def test_parquet_and_image_folder_are_read_by_features_not_by_names(tmp_path):
     source = data.load_source(str(tmp_path / "p"))
     assert (source.image_column, source.label_column, source.classes) == ("photo", "tag", ["x", "y"])
     images = data.decode(source, "train", torch.tensor([0, 2]), image_size=None, num_threads=1)
-    assert torch.equal(images.pixels[1], torch.from_numpy(ramp() + 2).permute(2, 0, 1))
+    assert torch.equal(images.gather(torch.tensor([1]))[0][0], torch.from_numpy(ramp() + 2).permute(2, 0, 1))
     assert images.labels.tolist() == [1, 1]
     assert images.rows.tolist() == [0, 2]
 
@@ -245,8 +245,8 @@ def test_a_panorama_is_reduced_by_its_long_side():
 
 def steps(n=23, **options):
     labels = torch.arange(n) % 4
-    images = data.Images(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.full((n, 2), 2), labels, labels, [])
-    images.rows = torch.arange(n) + 100
+    pixels, sizes, where = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.full((n, 2), 2), torch.arange(n)
+    images = data.Images(pixels, where, sizes, labels, where + 100, [])
     return list(data.training_steps(images, **({"seed": 1, "epoch": 0, "batch_size": 8} | options)))
 
 

@@ -292,7 +292,8 @@ def test_run_name_names_the_files(tmp_path):
 
 
 def test_reference_on_stl10_is_224_pixels():
-    images = data.Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), torch.full((2, 2), 96), torch.arange(2), torch.arange(2), [])
+    two = torch.arange(2)
+    images = data.Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
 
     def size(*flags):
         return scripts.train.choose_image_size(scripts.train.build_parser().parse_args(list(flags)), images)

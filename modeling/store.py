@@ -1,0 +1,65 @@
+"""Decoded images on disk: each split of a dataset is decoded once, into a file that all processes and runs map into memory."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import safetensors.torch
+import torch
+from filelock import FileLock
+from PIL import Image
+
+VERSION = 1
+Pixels = torch.Tensor | list[torch.Tensor]
+
+
+def collect(images: Iterable[Image.Image]) -> Pixels:
+    """RGB images as uint8 in memory: (N, 3, H, W), or a list of (3, H_i, W_i) where sizes differ."""
+    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in images]
+    return torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else pixels
+
+
+def store_path(dataset: datasets.Dataset, *content: object) -> Path | None:
+    """Where the store of a whole split stands: in the cache of `datasets`, by the split's fingerprint and what else decides its content.
+
+    None: the split is in memory only, and has no lasting fingerprint.
+    """
+    if not dataset.cache_files:
+        return None
+    key = hashlib.sha256(json.dumps([VERSION, dataset._fingerprint, *content]).encode()).hexdigest()[:32]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "decoded_images" / key
+
+
+def build(path: Path, images: Iterable[Image.Image]) -> None:
+    """Write a store, in a stream, unless it is there. One process builds and others wait; one that is killed leaves nothing that counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            return
+        half = path.with_suffix(".half")
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir()
+        sizes = []
+        try:
+            with (half / "pixels").open("wb") as file:
+                for image in images:
+                    file.write(np.array(image).transpose(2, 0, 1).tobytes())
+                    sizes.append((image.height, image.width))
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}, where decoded images are kept", str(half)) from error
+        safetensors.torch.save_file({"sizes": torch.tensor(sizes)}, half / "sizes.safetensors")
+        half.rename(path)
+
+
+def read(path: Path) -> Pixels:
+    """The store's images: as collect() gives them, but their bytes stay on disk until they are used, and may be dropped again."""
+    sizes = safetensors.torch.load_file(path / "sizes.safetensors")["sizes"]
+    lengths = 3 * sizes.prod(dim=1)
+    flat = torch.from_file(str(path / "pixels"), shared=False, size=int(lengths.sum()), dtype=torch.uint8)
+    if bool((sizes == sizes[0]).all()):
+        return flat.view(len(sizes), 3, *sizes[0].tolist())
+    return [part.view(3, *size) for part, size in zip(flat.split(lengths.tolist()), sizes.tolist(), strict=True)]
