@@ -19,7 +19,7 @@ demo: $(SETUP)
 	$(BIN)/python evaluate.py --ckpt demo/checkpoints/demo_best.safetensors --output-dir demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -53,8 +53,10 @@ def _with_retries(repo_id: str, **options) -> str:
     for wait in (*RETRY_WAITS, None):
         try:
             return huggingface_hub.snapshot_download(repo_id, **options, etag_timeout=_answer_seconds(), tqdm_class=_Bar)
-        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, httpx2.TimeoutException):
-            raise  # the last after five tries of the library's own
+        except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+            raise
+        except (httpx2.TimeoutException, httpx2.RemoteProtocolError):
+            raise  # while a file was read, and after five tries of the library's own
         except (httpx2.HTTPError, OSError) as error:
             lasting = isinstance(error.__cause__ or error, (errors.OfflineModeIsEnabled, httpx2.ConnectError))
             if wait is None or lasting or getattr(error, "errno", None) or _is_quiet():

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: threads that wait for each other would be slow
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network; those about it start their own process
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +94,11 @@ def stl10_sample() -> Path:
 @pytest.fixture(scope="session")
 def clothing() -> Path:
     return real_images("clothing")
+
+
+def newest_step(states: Path) -> int:
+    """The step of the newest state in a folder, 0 without one, while another process writes and removes them."""
+    return max((int(path.name[5:13]) for path in states.glob("step_*.safetensors")), default=0)
 
 
 TINY = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 96, "--limit-eval", 40, "--batch-size", 32)
