@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from filelock import FileLock
@@ -38,10 +39,11 @@ def build(path: Path, images: Iterable[Image.Image]) -> None:
     """Write a store, in a stream, unless it is there. One process builds and others wait; one that is killed leaves nothing that counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if path.exists():
+        if _is_whole(path):
             return
         half = path.with_suffix(".half")
-        shutil.rmtree(half, ignore_errors=True)
+        for leftover in (half, path):
+            shutil.rmtree(leftover, ignore_errors=True)
         half.mkdir()
         sizes = []
         try:
@@ -53,6 +55,14 @@ def build(path: Path, images: Iterable[Image.Image]) -> None:
             raise OSError(error.errno, f"{error.strerror}, where decoded images are kept", str(half)) from error
         safetensors.torch.save_file({"sizes": torch.tensor(sizes)}, half / "sizes.safetensors")
         half.rename(path)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        sizes = safetensors.torch.load_file(path / "sizes.safetensors")["sizes"]
+        return (path / "pixels").stat().st_size == 3 * int(sizes.prod(dim=1).sum())
+    except (OSError, safetensors.SafetensorError):
+        return False
 
 
 def read(path: Path) -> Pixels:

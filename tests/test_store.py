@@ -103,6 +103,14 @@ def test_one_that_is_killed_leaves_nothing_that_counts_and_two_at_once_build_one
     assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [""]
 
 
+@pytest.mark.parametrize("name", ["pixels", "sizes.safetensors"])
+def test_a_damaged_store_is_built_again(cache, folder, name):
+    expected = decode(folder, "train").fingerprint()
+    (path,) = (p for p in cache.iterdir() if p.is_dir())
+    (path / name).write_bytes((path / name).read_bytes()[:-10])
+    assert decode(folder, "train").fingerprint() == expected
+
+
 def test_a_full_disk_is_one_line_and_the_next_run_builds(cache, folder, tmp_path, monkeypatch):
     flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--max-steps", 1, "--output-dir", tmp_path / "out")
 
