@@ -15,9 +15,8 @@ ANSWER_SECONDS = 5  # a request without an answer for so long has failed; HF_HUB
 QUIET_ANSWERS = 5  # when for so many times that there was no answer, this process goes offline
 RETRY_WAITS = (1, 2, 4)  # seconds
 WAYS_OUT = {
-    "dataset": "check the network and HF_TOKEN, set HF_HUB_OFFLINE=1 to use what is cached, or give --dataset digits or a local folder",
-    "model": "check the network and HF_TOKEN, set HF_HUB_OFFLINE=1 to use what is cached, or give --weights FILE.safetensors or "
-    "--weights none for random ones",
+    "dataset": "give --dataset digits or a local folder (there is none of that name here)",
+    "model": "give --weights FILE.safetensors, or --weights none for random ones",
 }
 _heard = 0.0  # when the hub last answered
 
@@ -46,7 +45,8 @@ def download(repo_id: str, *, repo_type: str, revision: str | None = None, files
         if getattr(error, "errno", None):  # the disk's, not the hub's
             raise error from None
         name = f"{repo_type} {repo_id}{f'@{revision}' if revision else ''}"
-        raise ValueError(f"{name} cannot be had from the hub: {_reason(error)}; {WAYS_OUT[repo_type]}") from error
+        network = "check the network and HF_TOKEN, set HF_HUB_OFFLINE=1 to use what is cached" if error else "unset it to download"
+        raise ValueError(f"{name} cannot be had from the hub: {_reason(error)}; {network}, or {WAYS_OUT[repo_type]}") from error
 
 
 def _with_retries(repo_id: str, **options) -> str:

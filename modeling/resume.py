@@ -55,7 +55,7 @@ class States:
         self.folder, self.accelerator, self.model, self.optimizer, self.ema = folder, accelerator, model, optimizer, ema
         self.arguments = {name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS}
         self.restored, self.differs = 0, False
-        self.arguments |= {"train_sha256": header["dataset"]["train_sha256"], "model": header["model"]}
+        self.arguments |= {"training images": header["dataset"]["train_sha256"][:8], "model": header["model"]}
 
     def save(self, position: Position, totals: torch.Tensor) -> None:
         """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
@@ -106,6 +106,8 @@ class States:
         differing = [f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if saved.get(name) != wanted.get(name)]
         if differing and not force:
             raise ValueError(f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force")
+        if differing:
+            print(f"Resuming by --force with other arguments: {', '.join(differing)}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
             raise ValueError(f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}")
         self.restored, self.differs = int(path.stem[-15:], 16), bool(differing)
@@ -159,13 +161,14 @@ def start(states: States, args, run: str) -> tuple[Position, torch.Tensor]:
     if len(found.unique()) > 1:
         raise ValueError(f"the processes found different states in {states.folder}: it must be shared by all machines")
     if restored:
-        print(f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}", flush=True)
+        finished = " (it was finished)" if restored[0].finished and restored[0].test else ""
+        print(f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}{finished}", flush=True)
     else:
         if args.resume or restarted:
             print(f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning", flush=True)
         moved = checkpoint.move_aside(args.output_dir, run) if accelerator.is_main_process else None
         if moved:
-            print(f"The files of an older run {run!r} are now in {moved}")
+            print(f"The files of an older run {run!r} are now in {moved} (its states too: move them back to --resume it)")
         restored = Position(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     if accelerator.is_main_process:  # what a kill left of a file that was being written
         for half in [*states.folder.glob(".step_*.tmp"), *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp")]:
