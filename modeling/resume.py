@@ -18,7 +18,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling import checkpoint
-from modeling.checkpoint import atomic_write
 from modeling.engine import Ema
 
 KEEP = 2
@@ -83,7 +82,7 @@ class States:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
         path = self.folder / f"step_{position.step:08d}_{_digest(content)}.safetensors"
-        with atomic_write(path) as file:
+        with checkpoint.atomic_write(path) as file:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
         older = [p for p in others if p.name[:13] < path.name[:13]]
@@ -168,7 +167,8 @@ def start(states: States, args, run: str) -> tuple[Position, torch.Tensor]:
             print(f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning", flush=True)
         moved = checkpoint.move_aside(args.output_dir, run) if accelerator.is_main_process else None
         if moved:
-            print(f"The files of an older run {run!r} are now in {moved} (its states too: move them back to --resume it)")
+            states_too = (moved / "checkpoints" / f"{run}_state").exists()
+            print(f"The files of an older run {run!r} are now in {moved}{' (move them back to --resume it)' if states_too else ''}")
         restored = Position(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     if accelerator.is_main_process:  # what a kill left of a file that was being written
         for half in [*states.folder.glob(".step_*.tmp"), *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp")]:
