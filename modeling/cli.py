@@ -1,6 +1,7 @@
 """What the commands share: argument types and groups, progress, hardware, and the one place where an error becomes an exit status."""
 
 import argparse
+import ctypes
 import datetime
 import math
 import os
@@ -20,6 +21,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # while one process downloads the others wait
 _LOG_SECONDS = 30
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _SAME_ERROR_SECONDS = 5
 
 
@@ -99,6 +101,7 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     omp = os.environ.get("OMP_NUM_THREADS")
     if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
         torch.set_num_threads(args.num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    _keep_freed_memory()
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
     # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
     on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
@@ -117,6 +120,15 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: by default large tensors go back to the system, and come back as zeroed pages."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _join_again(attempt: int, world_size: int) -> None:

@@ -36,8 +36,8 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: flo
     """adam, adamw or sgd (momentum 0.9) over the parameters that train."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, lr=lr, weight_decay=weight_decay)
+        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def train_step(

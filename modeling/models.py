@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from modeling import pretrained, recipes
@@ -46,7 +47,7 @@ def build_model(name: str, *, num_classes: int, image_size: int, weights: Path |
     model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
     if weights:
         pretrained.load_weights(model, weights)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def model_arguments(

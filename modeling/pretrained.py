@@ -38,6 +38,7 @@ def pretrained_config(model: str):
 
 def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropout: float = 0.0) -> nn.Module:
     """A timm model with random weights and a head of `num_classes` (0: none, it gives features). ValueError: a size it cannot take."""
+    timm.layers.set_fused_attn(torch.cuda.is_available())  # on a CPU its backward is slower than two products and a softmax
     kwargs = {"img_size": image_size} if pretrained_config(model).fixed_input_size else {}
     try:
         backbone = timm.create_model(timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs)

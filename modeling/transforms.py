@@ -125,7 +125,7 @@ def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
     """uint8 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
     mean = torch.tensor(prep.mean, device=images.device)[:, None, None]
     std = torch.tensor(prep.std, device=images.device)[:, None, None]
-    return images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:

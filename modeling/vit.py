@@ -5,13 +5,28 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al., JMLR 2014) whose masks come four from one draw on a CPU, where torch's Bernoulli draws are slow.
+
+    There the probability is the nearest multiple of 2**-15, and the scale fits it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped = round(self.p * 2**15)  # of the values of 15 random bits
+        if not self.training or not 0 < dropped < 2**15 or x.device.type != "cpu":
+            return super().forward(x)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)[: x.numel()].view(x.shape)
+        kept = draws.bitwise_and_(2**15 - 1).sub_(dropped).bitwise_right_shift_(15).add_(1)  # the shift leaves -1 or 0
+        return x * kept.to(x.dtype).mul_(2**15 / (2**15 - dropped))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.dropout = dropout
+        self.dropout = Dropout(dropout)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
@@ -19,11 +34,13 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        # Two products and a softmax: with dropout, faster on a CPU than the fused kernel, whose backward is slow there.
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, N)
-        weights = F.dropout(weights, self.dropout, self.training)
-        x = (weights @ v).transpose(1, 2).reshape(B, N, D)
-        return self.proj(x)
+        if x.device.type == "cpu":  # where the backward of the fused kernel is slow
+            with torch.autocast("cpu", enabled=False):
+                weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, N)
+                x = self.dropout(weights) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
 class Block(nn.Module):
@@ -47,10 +64,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim),
             {"gelu": nn.GELU, "relu": nn.ReLU}[activation](),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(mlp_dim, dim),
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pre_norm:
