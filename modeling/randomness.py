@@ -24,19 +24,19 @@ def _shift_right(x: torch.Tensor, n: int) -> torch.Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)  # torch's shift keeps the sign; a hash needs zeros
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
     x = (x ^ _shift_right(x, 30)) * _MUL1
-    x = (x ^ _shift_right(x, 27)) * _MUL2
-    return x ^ _shift_right(x, 31)
+    x = ((x if isinstance(x, torch.Tensor) else _signed(x)) ^ _shift_right(x, 27)) * _MUL2
+    return (x if isinstance(x, torch.Tensor) else _signed(x)) ^ _shift_right(x, 31)
 
 
 def bits(*keys: int | torch.Tensor) -> torch.Tensor:
     """64 random bits (int64) for each combination of the keys, integers or int64 tensors that broadcast together."""
-    state = torch.zeros((), dtype=torch.int64)
+    state: int | torch.Tensor = 0  # an integer, which is quicker, up to the first key that is a tensor
     for key in keys:
-        key = key if isinstance(key, torch.Tensor) else torch.tensor(_signed(key))
-        state = _mix((state.to(key.device) if state.dim() == 0 else state) ^ key) + _GAMMA
-    return _mix(state)
+        state = _mix(state ^ (key if isinstance(key, torch.Tensor) else _signed(key))) + _GAMMA
+        state = state if isinstance(state, torch.Tensor) else _signed(state)
+    return torch.as_tensor(_mix(state))
 
 
 def uniform(*keys: int | torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,10 @@ class States:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is of another model or optimizer: {str(error).splitlines()[0]}") from error
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)  # in its layout in memory, as fused optimizers take it
         if self.ema and groups["ema"]:
             self.ema.updates = header["ema_updates"]
             for name, value in groups["ema"].items():

@@ -1,7 +1,8 @@
 """Resizing, augmenting and normalising batches of uint8 images, on the device where they are.
 
-Every image draws its own parameters from (seed, epoch, its index), so its pixels do not depend on the batch it is in. The steps
-between uint8 and uint8 are those of torchvision's functional ops; tests/test_transforms.py holds them against it, image by image.
+Every image draws its own parameters from (seed, epoch, its index), so its pixels do not depend on the batch it is in. Pixels
+stay whole numbers from 0 to 255 between the steps, which are torchvision's functional ops; tests/test_transforms.py holds them against
+it, image by image.
 A resize is two matrix products with 14-bit weights: sums of integers below 2**24, exact in float32 in any order, on any device.
 """
 
@@ -48,9 +49,9 @@ class Preprocessing:
 
 
 def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:
-    x = x.abs()
+    x = x.abs_()
     if interpolation == "bilinear":
-        return (1 - x).clamp(min=0)
+        return x.neg_().add_(1).clamp_(min=0)
     assert interpolation == "bicubic", interpolation
     a = -0.5  # Keys' cubic, as Pillow and torch's antialiased resize have it
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
@@ -73,10 +74,10 @@ def _weights(
     stretch = ratio.clamp(min=1)  # antialias: a wider kernel where the image shrinks
     out = torch.arange(num_out, device=start.device).double()[None, :, None] + out_offset.double()[:, None, None]
     pixel = torch.arange(side_in, device=start.device).double()[None, None, :] - start
-    weights = _kernel((pixel + 0.5 - ratio * (out + 0.5)) / stretch, interpolation)
-    weights = weights * ((pixel >= 0) & (pixel < length))
-    weights = weights / weights.sum(dim=2, keepdim=True)
-    return (torch.round(weights * 2**_WEIGHT_BITS) / 2**_WEIGHT_BITS).float()
+    weights = _kernel((pixel + 0.5) / stretch - (out + 0.5) * (ratio / stretch), interpolation)
+    weights = weights.mul_((pixel >= 0) & (pixel < length))
+    weights = weights.mul_(2**_WEIGHT_BITS / weights.sum(dim=2, keepdim=True)).round_()
+    return weights.float().mul_(2**-_WEIGHT_BITS)
 
 
 def resample(
@@ -90,22 +91,26 @@ def resample(
 ) -> torch.Tensor:
     """Scale a box of each image, take a square window of the result, mirror it where asked.
 
-    images (B, C, H, W) uint8; boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
-    scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) uint8.
+    images (B, C, H, W); boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
+    scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) float32.
     """
     B, C, H, W = images.shape
     rows = _weights(boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation)  # (B, S, H)
     cols = _weights(boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation)  # (B, S, W)
     cols = torch.where(flip[:, None, None], cols.flip(1), cols)
-    half = torch.tensor(0.5, device=images.device)  # floor(x + 0.5) rounds
-    out = torch.baddbmm(half, images.reshape(B, C * H, W).float(), cols.transpose(1, 2)).clamp_(0, 255).floor_()  # (B, C * H, S)
-    rows = rows[:, None].expand(B, C, size, H).reshape(B * C, size, H)
-    out = torch.baddbmm(half, rows, out.view(B * C, H, size)).clamp_(0, 255).to(torch.uint8)  # (B * C, S, S)
-    return out.view(B, C, size, size)
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        x = x.add_(0.5).floor_()
+        return x.clamp_(0, 255) if interpolation == "bicubic" else x  # which overshoots
+
+    lines = images.permute(0, 2, 1, 3).float().contiguous()
+    out = whole(lines.view(B, H * C, W) @ cols.transpose(1, 2))  # (B, H * C, S)
+    out = whole(rows @ out.view(B, H, C * size))  # (B, S, C * S)
+    return out.view(B, size, C, size).permute(0, 2, 1, 3)
 
 
 def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2) from the top left -> (B, C, S, S) uint8, as at evaluation."""
+    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2) from the top left -> (B, C, S, S), as at evaluation."""
     size = prep.image_size
     flip = torch.zeros(len(images), dtype=torch.bool, device=images.device) if flip is None else flip
     if prep.crop_fraction is None:
@@ -122,10 +127,10 @@ def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip:
 
 
 def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
-    """uint8 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
+    """Pixels 0..255 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
     mean = torch.tensor(prep.mean, device=images.device)[:, None, None]
     std = torch.tensor(prep.std, device=images.device)[:, None, None]
-    return images.to(torch.float32, memory_format=torch.channels_last).mul_(1 / (255 * std)).sub_(mean / std)
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
@@ -134,13 +139,16 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -
 
 
 class Draws:
-    """Uniform numbers of one batch: draws(n) is number n of each image, (B,) float32 in [0, 1)."""
+    """Uniform numbers of one batch: draws(n) is number n of each image, (B,) float32 in [0, 1); draws(n, count) those from n on, (B, count)."""
 
     def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
         self.keys = (seed, randomness.AUGMENT, epoch, indices)
 
-    def __call__(self, draw: int) -> torch.Tensor:
-        return randomness.uniform(*self.keys, draw)
+    def __call__(self, draw: int, count: int | None = None) -> torch.Tensor:
+        *keys, indices = self.keys
+        if count is None:
+            return randomness.uniform(*keys, indices, draw)
+        return randomness.uniform(*keys, indices[:, None], torch.arange(draw, draw + count, device=indices.device))
 
 
 def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, float]) -> torch.Tensor:
@@ -149,28 +157,19 @@ def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, flo
     The first of ten tries that fits the image, else the largest centred box of an allowed aspect, as torchvision has it.
     """
     height, width = sizes[:, 0].float(), sizes[:, 1].float()
-    box_h, box_w = torch.zeros_like(height), torch.zeros_like(width)
-    log_ratio = math.log(4 / 3)
-    for attempt in range(10):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws(_CROP + 2 * attempt))
-        aspect = torch.exp(log_ratio * (2 * draws(_CROP + 2 * attempt + 1) - 1))
-        w, h = torch.round(torch.sqrt(area * aspect)), torch.round(torch.sqrt(area / aspect))
-        take = (box_h == 0) & (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        box_h, box_w = torch.where(take, h, box_h), torch.where(take, w, box_w)
-    found = box_h > 0
+    u = draws(_CROP, 22)
+    area = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, 0:20:2])  # (B, 10)
+    aspect = torch.exp(math.log(4 / 3) * (2 * u[:, 1:20:2] - 1))
+    w, h = torch.round(torch.sqrt(area * aspect)), torch.round(torch.sqrt(area / aspect))
+    fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
+    first, found = fits.byte().argmax(dim=1, keepdim=True), fits.any(dim=1)
+    box_h, box_w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
     fallback_w = torch.minimum(width, torch.round(height * 4 / 3))
     fallback_h = torch.minimum(height, torch.round(width / (3 / 4)))
     box_h, box_w = torch.where(found, box_h, fallback_h), torch.where(found, box_w, fallback_w)
-    top = torch.where(found, torch.floor((height - box_h + 1) * draws(_CROP + 20)), torch.floor((height - box_h) / 2))
-    left = torch.where(found, torch.floor((width - box_w + 1) * draws(_CROP + 21)), torch.floor((width - box_w) / 2))
+    top = torch.where(found, torch.floor((height - box_h + 1) * u[:, 20]), torch.floor((height - box_h) / 2))
+    left = torch.where(found, torch.floor((width - box_w + 1) * u[:, 21]), torch.floor((width - box_w) / 2))
     return torch.stack([top, left, box_h, box_w], dim=1).long()
-
-
-def random_resized_crop(images: torch.Tensor, sizes: torch.Tensor, draws: Draws, prep: Preprocessing, flip: torch.Tensor) -> torch.Tensor:
-    """RandomResizedCrop with 0.8 to 1 of the area, and the flip: -> (B, C, S, S) uint8."""
-    boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
-    scaled = torch.full_like(sizes, prep.image_size)
-    return resample(images, boxes, scaled, torch.zeros_like(sizes), prep.image_size, flip, prep.interpolation)
 
 
 def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -191,35 +190,30 @@ def _gray(images: torch.Tensor) -> torch.Tensor:
     return ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()[:, None]  # integers until the division: no rounding
 
 
-def _blend(images: torch.Tensor, other: torch.Tensor | float, factor: torch.Tensor) -> torch.Tensor:
-    return images.mul(factor).add_(other * (1 - factor)).clamp_(0, 255).floor_()
+def color_jitter(images: torch.Tensor, boxes: torch.Tensor, draws: Draws, strength: float = 0.2) -> torch.Tensor:
+    """Brightness, contrast and saturation by factors in 1 -+ strength, in an order of each image's own.
 
-
-def _jitter_op(images: torch.Tensor, op: int, factor: torch.Tensor) -> torch.Tensor:
-    """Brightness (0), contrast (1) or saturation (2) of float images that hold integers."""
-    if op == 0:
-        return _blend(images, 0.0, factor)
-    gray = _gray(images)
-    if op == 2:
-        return _blend(images, gray, factor)
-    mean = gray.long().sum(dim=(1, 2, 3), keepdim=True) / (gray.shape[2] * gray.shape[3])  # integers: any order will do
-    return _blend(images, mean, factor)
-
-
-def color_jitter(images: torch.Tensor, draws: Draws, strength: float = 0.2) -> torch.Tensor:
-    """Brightness, contrast and saturation by factors in 1 -+ strength, in an order of each image's own. uint8 -> uint8."""
-    factors = torch.stack([1 - strength + 2 * strength * draws(_JITTER + i) for i in range(3)], dim=1)  # (B, 3)
-    order = torch.stack([draws(_JITTER + 3 + i) for i in range(3)], dim=1).argsort(dim=1, stable=True)  # (B, 3)
+    The mean that contrast is about is that of the image's box: boxes (B, 4), top, left, height, width.
+    """
+    u = draws(_JITTER, 6)
+    order = u[:, 3:].argsort(dim=1, stable=True)  # (B, 3)
+    factors = (1 - strength + 2 * strength * u[:, :3]).gather(1, order)[:, :, None, None, None]
+    top, left, height, width = boxes[:, :, None].unbind(dim=1)  # (B, 1)
+    y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    inside = ((y >= top) & (y < top + height))[:, None, :, None] * ((x >= left) & (x < left + width))[:, None, None, :]
     images = images.float()
-    for slot in range(3):
-        for op in range(3):
-            chosen = (order[:, slot] == op).nonzero()[:, 0]
-            images[chosen] = _jitter_op(images[chosen], op, factors[chosen, op, None, None, None])
-    return images.to(torch.uint8)
+    for slot in range(3):  # each op is image * factor + other * (1 - factor), where other is nothing, the mean grey, or the pixel's grey
+        is_contrast, is_saturation = ((order[:, slot] == op)[:, None, None, None] for op in (1, 2))
+        factor = factors[:, slot]
+        gray = _gray(images)
+        mean = (gray * inside).sum(dim=(1, 2, 3), keepdim=True, dtype=torch.float64) / inside.sum(dim=(1, 2, 3), keepdim=True)
+        other = gray.mul_((1 - factor) * is_saturation).add_((1 - factor) * is_contrast * mean.float())
+        images = (images * factor).add_(other).clamp_(0, 255).floor_()
+    return images
 
 
 def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.Tensor:
-    """Rotate about the centre by up to `degrees` either way, bilinear, black outside. uint8 -> uint8."""
+    """Rotate about the centre by up to `degrees` either way, bilinear, black outside."""
     angle = torch.deg2rad(degrees * (2 * draws(_ANGLE) - 1))
     cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
     S = images.shape[-1]
@@ -227,7 +221,7 @@ def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.T
     x, y = x[None, None, :], x[None, :, None]
     grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)  # (B, S, S, 2)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return out.round_().clamp_(0, 255).to(torch.uint8)
+    return out.round_().clamp_(0, 255)
 
 
 def _randaugment_ops(size: int) -> list:
@@ -285,14 +279,18 @@ def augment(
     if name == "none":
         out = resize(images, sizes, prep)
     elif name == "randaugment":
-        out = randaugment(resize(images, sizes, prep), draws)
+        out = randaugment(resize(images, sizes, prep).to(torch.uint8), draws)
     else:
         flip = draws(_FLIP) < 0.5
-        if name == "light":
-            out = color_jitter(random_resized_crop(images, sizes, draws, prep, flip), draws)
+        if name == "light":  # colours before the resize, which enlarges: the same but for rounding, at a fraction of the cost
+            boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
+            images, scaled = color_jitter(images, boxes, draws), torch.full_like(sizes, prep.image_size)
+            out = resample(images, boxes, scaled, torch.zeros_like(sizes), prep.image_size, flip, prep.interpolation)
         else:
             assert name == "standard", name
-            out = rotate(color_jitter(padded_crop(resize(images, sizes, prep, flip), draws), draws), draws)
+            out = padded_crop(resize(images, sizes, prep, flip), draws)
+            whole = torch.tensor([0, 0, *out.shape[2:]], device=out.device).expand(len(out), 4)
+            out = rotate(color_jitter(out, whole, draws), draws)
     return normalize(out, prep)
 
 

@@ -154,7 +154,7 @@ def test_a_timm_file_with_an_imagenet_head_gives_timms_features(tmp_path, name, 
     backbone = getattr(model, "backbone", model)
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        assert torch.equal(backbone.forward_features(x), reference.forward_features(x))
+        torch.testing.assert_close(backbone.forward_features(x), reference.forward_features(x), rtol=1e-4, atol=1e-5)  # layouts round
         assert model(x).shape == (2, 7)
 
 
@@ -173,7 +173,7 @@ def test_our_own_weights_load_whole_or_with_a_new_head(tmp_path):
     torch.manual_seed(0)
     for name in ("cnn", "vit"):
         original = models.build_model(name, num_classes=10, image_size=32)
-        safetensors.torch.save_file(original.state_dict(), path)
+        safetensors.torch.save_file({key: value.contiguous() for key, value in original.state_dict().items()}, path)
         same = models.build_model(name, num_classes=10, image_size=32, weights=path).state_dict()
         assert all(torch.equal(value, same[key]) for key, value in original.state_dict().items())
         other = models.build_model(name, num_classes=3, image_size=32, weights=path).state_dict()

@@ -38,7 +38,7 @@ def ragged(shapes, seed=0):
 
 def assert_close_uint8(ours, theirs, most=2):
     """Equal but for rounding, once in each of the two directions."""
-    assert ours.dtype == torch.uint8 and ours.shape == theirs.shape
+    assert torch.equal(ours, ours.to(torch.uint8)) and ours.shape == theirs.shape  # whole numbers
     difference = (ours.int() - theirs.int()).abs()
     assert difference.max() <= most, f"off by {difference.max()}"
     assert difference.float().mean() < 0.1
@@ -76,10 +76,9 @@ def test_equal_size_is_untouched():
 def test_random_resized_crop_is_torchvisions_with_the_same_box():
     shapes = [(96, 96), (50, 120), (130, 64), (32, 32)] * 4
     images, padded, sizes = ragged(shapes)
-    draws = T.Draws(1, 2, torch.arange(len(shapes)))
     flip = torch.arange(len(shapes)) % 2 == 0
-    boxes = T.random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
-    ours = T.random_resized_crop(padded, sizes, draws, prep(64), flip)
+    boxes = T.random_crop_boxes(sizes, T.Draws(1, 2, torch.arange(len(shapes))), scale=(0.8, 1.0))
+    ours = T.resample(padded, boxes, torch.full_like(sizes, 64), torch.zeros_like(sizes), 64, flip, "bilinear")
     for mine, image, box, mirrored in zip(ours, images, boxes.tolist(), flip, strict=True):
         theirs = TF.resized_crop(image, *box, size=[64, 64], antialias=True)
         assert_close_uint8(mine, TF.horizontal_flip(theirs) if mirrored else theirs)
@@ -107,18 +106,37 @@ def test_crop_box_falls_back_to_the_centre():
 
 
 def test_color_jitter_is_torchvisions_in_the_same_order():
-    images, _, indices = batch(40)
+    images, sizes, indices = batch(40)
     draws = T.Draws(3, 1, indices)
-    ours = T.color_jitter(images, draws)
+    boxes = torch.cat([torch.full_like(sizes, 3), sizes - 5], dim=1)
+    ours = T.color_jitter(images, boxes, draws)[:, :, 3:-2, 3:-2]
     factors = torch.stack([0.8 + 0.4 * draws(T._JITTER + i) for i in range(3)], dim=1)
     order = torch.stack([draws(T._JITTER + 3 + i) for i in range(3)], dim=1).argsort(dim=1)
     assert len({tuple(o) for o in order.tolist()}) == 6
     ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
     for mine, image, factor, sequence in zip(ours, images, factors, order.tolist(), strict=True):
+        image = image[:, 3:-2, 3:-2]  # the mean that contrast is about is the box's
         for op in sequence:
             image = ops[op](image, float(factor[op]))
         assert_close_uint8(mine, image)
     assert factors.min() >= 0.8 and factors.max() <= 1.2
+
+
+def test_light_is_torchvisions_crop_and_then_jitter():
+    """Ours changes the colours before the resize: the same but for rounding, and for what was cut off at 0 or 255 on the way."""
+    images, sizes, indices = batch(40, 96, 96)
+    images = images // 2 + 40
+    ours = T.augment(images, sizes, prep(224), name="light", seed=3, epoch=1, indices=indices) * 127.5 + 127.5
+    draws = T.Draws(3, 1, indices)
+    boxes = T.random_crop_boxes(sizes, draws, scale=(0.8, 1.0)).tolist()
+    factors, order = 0.8 + 0.4 * draws(T._JITTER, 3), draws(T._JITTER + 3, 3).argsort(dim=1)
+    ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
+    for mine, image, box, mirrored, factor, sequence in zip(ours, images, boxes, draws(T._FLIP) < 0.5, factors, order, strict=True):
+        image = TF.resized_crop(image, *box, size=[224, 224], antialias=True)
+        for op in sequence.tolist():
+            image = ops[op](image, float(factor[op]))
+        difference = (mine - (TF.horizontal_flip(image) if mirrored else image).float()).abs()
+        assert difference.max() < 4 and difference.mean() < 1
 
 
 def test_padded_crop_is_torchvisions():
