@@ -385,7 +385,7 @@ def training_steps(
     """
     order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
     for step, global_batch in list(enumerate(order.split(batch_size)))[start:]:
-        partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step)
+        partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step) if mix else None
         micro_batches = []
         for share in shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size):
             weights = torch.ones(len(share)) if len(share) else torch.zeros(1)
