@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from modeling import checkpoint, cli, data, models, preemption, randomness, recipes, resume, tracking
+from modeling import checkpoint, cli, data, features, models, preemption, randomness, recipes, resume, tracking
 from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, settle, train_step
 from modeling.sanity import sanity_check
 from modeling.schedule import learning_rate
@@ -75,6 +75,13 @@ def build_parser() -> cli.Parser:
     group.add_argument("--patch-size", type=cli.POSITIVE_INT, help="vit_scratch's, in pixels (default: 4 up to 64 pixels, 8, 16 from 128)")
     group.add_argument(
         "--head-dropout", type=cli.number(low=0, high=1, open_high=True), help="dropout before the last layer (default: the model's)"
+    )
+
+    group.add_argument(
+        "--feature-views",
+        type=cli.NUM_WORKERS,
+        metavar="K",
+        help="of vit: views of each image whose features are computed, once, and kept; epoch e sees view e mod K (0: a view an epoch)",
     )
 
     group = parser.add_argument_group("data")
@@ -207,6 +214,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     if args.sanity_check:
         return sanity_check(args, accelerator, model, raw_model, optimizer, images["train"], objective)
     ema = Ema(raw_model, args.ema) if args.ema else None
+    caches = features.open_caches(args, accelerator, raw_model, images, objective.preprocessing)
 
     # ---- a new run, or the rest of one -----------------------------------------------------------------------------------------
     steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
@@ -261,7 +269,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             for micro_batches in itertools.islice(steps, args.max_steps and args.max_steps - position.step):
                 num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
                 where = dict(epoch=epoch, step=position.step, num_images=num_images)
-                step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, lr=rate(position.step), objective=objective)
+                what = dict(lr=rate(position.step), objective=objective, cache=caches.get("train"))
+                step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, **what)
                 totals += step_totals
                 first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad)
                 if ema:
@@ -280,9 +289,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             num_images, lr = position.num_seen, rate(position.step - 1)
             record = {"train_loss": loss_sum / num_images, "train_accuracy": num_right / num_images, "learning_rate": lr}
             with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
-                scores = evaluate_model(
-                    raw_model, images["validation"], objective.preprocessing, accelerator=accelerator, progress=signals.check
-                )
+                options = dict(accelerator=accelerator, progress=signals.check, cache=caches.get("validation"))
+                scores = evaluate_model(raw_model, images["validation"], objective.preprocessing, **options)
                 if not math.isfinite(scores["loss"]):
                     raise FloatingPointError(f"the validation loss was not finite after step {position.step}: {NOT_FINITE_HELP}")
                 record |= {f"validation_{name}": value for name, value in scores.items()}
@@ -313,7 +321,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             accelerator.wait_for_everyone()  # for the main one to have written the best checkpoint
             if "test" in images:
                 best_model = accelerator.prepare_model(checkpoint.load_model(paths["best"])[0], evaluation_mode=True)
-                options = dict(accelerator=accelerator, progress=signals.check)
+                options = dict(accelerator=accelerator, progress=signals.check, cache=caches.get("test"))
                 position.test = evaluate_model(best_model, images["test"], objective.preprocessing, **options)
                 scores = {f"test_{name}": value for name, value in position.test.items()}
                 tracker.record("test", step=position.step, best_epoch=position.best_epoch, **scores)

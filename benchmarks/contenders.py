@@ -30,7 +30,16 @@ WORKS = {
         size=32,
         batch=64,
         augment="none",
-        timm=["vit_tiny_patch16_224", "--model-kwargs", "embed_dim=128", "depth=6", "num_heads=4", "patch_size=4", "attn_drop_rate=0.1"],
+        timm=[
+            "vit_tiny_patch16_224",
+            "--model-kwargs",
+            "embed_dim=128",
+            "depth=6",
+            "num_heads=4",
+            "patch_size=4",
+            "attn_drop_rate=0.1",
+            "img_size=32",
+        ],
     ),
     "cnn": dict(size=224, batch=32, augment="light"),
     "resnet18": dict(size=224, batch=32, augment="none", timm=["resnet18"]),
@@ -204,7 +213,9 @@ def timm(work: str, args: argparse.Namespace) -> list[float]:
                 path.write_bytes(rows[i]["img"]["bytes"])
         command = [sys.executable, str(args.timm_train), "--data-dir", folder, "--model", *setting["timm"], "--num-classes", "10"]
         command += ["--img-size", str(setting["size"]), "-b", str(setting["batch"]), "--epochs", "1", "--warmup-epochs", "0"]
-        command += f"--sched none --opt adamw --lr 1e-3 --no-aug -j 2 --device cpu --log-interval 1 --output {folder}/out".split()
+        command += (
+            f"--sched step --decay-epochs 9 --opt adamw --lr 1e-3 --no-aug -j 2 --device cpu --log-interval 1 --output {folder}/out".split()
+        )
         command += ["--amp", "--amp-dtype", "bfloat16", "--channels-last"] if args.bf16 else []
         began = time.time()
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(args.timm_train.parent)})

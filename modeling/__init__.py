@@ -10,6 +10,7 @@ transforms   augmentation, resizing and normalising of a uint8 batch
 hub          downloads from the Hugging Face hub, and its cache
 store        decoded images on disk, built once, mapped into memory
 data         a dataset's name or folder -> splits -> images -> batches
+features     what a frozen backbone computes, kept on disk
 schedule     the learning rate as a pure function of the step
 engine       train_step and predict: the numeric path
 sanity       the sanity check: can the model overfit a few batches?

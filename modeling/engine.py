@@ -1,6 +1,7 @@
 """The numeric path: train_step and predict. accelerate owns precision and the synchronisation of gradients."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from modeling import metrics, randomness, transforms
 from modeling.data import Batch, Images
+from modeling.features import FeatureCache
 from modeling.transforms import Preprocessing
 
 
@@ -51,23 +53,30 @@ def train_step(
     lr: float,
     num_images: int,
     objective: Objective,
+    cache: FeatureCache | None = None,
 ) -> torch.Tensor:
     """One update from this process's micro-batches of a global batch of `num_images`.
 
     Losses are summed and divided by the images of the global batch, so that neither a short batch, nor accumulation, nor the
-    number of processes changes an image's weight. Gives (2,) float64 on the device: the sum of this process's losses, and how many
-    it had right. Gradients stay in place until the next step.
+    number of processes changes an image's weight. With a cache the model takes features from it. Gives (2,) float64 on the
+    device: the sum of this process's losses, and how many it had right. Gradients stay in place until the next step.
     """
     torch.manual_seed(randomness.seed(objective.seed, randomness.DROPOUT, step, accelerator.process_index))
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for number, batch in enumerate(micro_batches):
-        batch = batch.to(accelerator.device)
+    for number, on_cpu in enumerate(micro_batches):
+        batch = on_cpu.to(accelerator.device)
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
+            if cache:
+                view = cache.view(epoch)
+                make_input = functools.partial(augmented, batch, epoch=view, objective=objective)
+                x = cache.get(f"view_{view}", on_cpu.indices, on_cpu.weights, make_input)
+                targets = [(1.0, batch.labels)]
+            else:
+                x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
             logits = forward(model, x)
             losses = sum(
                 weight * F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.label_smoothing)
@@ -97,17 +106,15 @@ def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         ) from error
 
 
+def augmented(batch: Batch, *, epoch: int, objective: Objective) -> torch.Tensor:
+    """The images of a batch as training sees them: (U, 3, S, S) float32."""
+    how = dict(name=objective.augment, seed=objective.seed, epoch=epoch, indices=batch.indices)
+    return transforms.augment(batch.images, batch.sizes, objective.preprocessing, **how)
+
+
 def make_inputs(batch: Batch, *, epoch: int, step: int, objective: Objective) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
     """The model's input (B, 3, S, S) float32, and the labels (B,) with their weights: one, or two where the batch mixes."""
-    x = transforms.augment(
-        batch.images,
-        batch.sizes,
-        objective.preprocessing,
-        name=objective.augment,
-        seed=objective.seed,
-        epoch=epoch,
-        indices=batch.indices,
-    )
+    x = augmented(batch, epoch=epoch, objective=objective)
     if batch.own is None:
         return x, [(1.0, batch.labels)]
     keys = (objective.seed, randomness.MIX, step)
@@ -175,6 +182,7 @@ def predict(
     batch_size: int,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
+    cache: FeatureCache | None = None,
 ) -> Predictions:
     """Run the model in eval mode over all images, and leave it in the mode it was in.
 
@@ -193,8 +201,12 @@ def predict(
     for start in range(0, len(batches), world_size):
         turn = batches[start : start + world_size]
         if rank < len(turn):
-            pixels, sizes = images.gather(turn[rank])
-            x = transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
+            make_input = functools.partial(_eval_input, images, turn[rank], preprocessing, device)
+            x = (
+                cache.get(f"evaluation_{batch_size}", images.rows[turn[rank]], torch.ones(len(turn[rank])), make_input)
+                if cache
+                else make_input()
+            )
             logits.append(model(x).float())
             positions.append(turn[rank].to(device))
         if progress:
@@ -203,6 +215,11 @@ def predict(
     everything = _gather_in_order(accelerator, logits, positions, len(images), len(images.classes)).cpu()
     losses = F.cross_entropy(everything, images.labels, reduction="none")
     return Predictions(images.rows, images.labels, everything.argmax(dim=1), everything.softmax(dim=1), losses)
+
+
+def _eval_input(images: Images, positions: torch.Tensor, preprocessing: Preprocessing, device: torch.device) -> torch.Tensor:
+    pixels, sizes = images.gather(positions)
+    return transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
 
 
 def _gather_in_order(
@@ -228,6 +245,8 @@ def evaluate_model(
     batch_size: int = 64,
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
+    cache: FeatureCache | None = None,
 ) -> dict[str, float]:
     """Loss, accuracy, balanced accuracy, top-5 accuracy, macro and weighted F1 of a model on images."""
-    return metrics.compute(predict(model, images, preprocessing, batch_size=batch_size, accelerator=accelerator, progress=progress))
+    options = dict(batch_size=batch_size, accelerator=accelerator, progress=progress, cache=cache)
+    return metrics.compute(predict(model, images, preprocessing, **options))

@@ -51,7 +51,7 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
 
 
 class ViTLinearProbe(nn.Module):
-    """A frozen ViT-Tiny and a Linear on its 192 features: (B, 3, S, S) float -> logits (B, num_classes).
+    """A frozen ViT-Tiny and a Linear on its 192 features: images (B, 3, S, S), or features (B, 192), float -> logits (B, num_classes).
 
     The backbone gets no gradient and stays in eval mode while the probe trains; only the head is for the optimizer. With 10
     classes 1,930 of 5,526,346 parameters are trainable. head_dropout 0.1 is the notebook's variant.
@@ -70,9 +70,13 @@ class ViTLinearProbe(nn.Module):
         self.backbone.eval()
         return self
 
+    @torch.no_grad()
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, S, S) -> (B, 192) float32."""
+        return self.backbone(x).float()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            features = self.backbone(x)  # (B, 192)
+        features = x if x.dim() == 2 else self.features(x)
         return self.head(self.dropout(features))  # (B, num_classes)
 
 

@@ -17,7 +17,8 @@ class Recipe:
     """lr and weight_decay as the optimizer takes them; epochs, warmup_epochs in epochs; batch_size images, over all processes.
 
     mean and std normalise pixels in 0..1 for models from scratch; pretrained backbones bring their own. model_args go to the
-    model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off.
+    model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off. feature_views is of a frozen
+    backbone: how many augmented views of each training image it sees, in turn; 0 is one an epoch.
     """
 
     optimizer: str
@@ -33,6 +34,7 @@ class Recipe:
     cutmix: float = 0.0
     ema: float = 0.0
     clip_grad: float = 0.0
+    feature_views: int = 0
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     model_args: dict[str, Any] = field(default_factory=dict)

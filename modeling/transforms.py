@@ -139,7 +139,7 @@ def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -
 
 
 class Draws:
-    """Uniform numbers of one batch: draws(n) is number n of each image, (B,) float32 in [0, 1); draws(n, count) those from n on, (B, count)."""
+    """Uniform numbers of one batch, float32 in [0, 1): draws(n) is number n of each image, (B,); draws(n, count) from n on, (B, count)."""
 
     def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
         self.keys = (seed, randomness.AUGMENT, epoch, indices)

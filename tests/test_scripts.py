@@ -13,8 +13,8 @@ from conftest import ROOT, TINY, assert_refused, call, command, make_image_folde
 from modeling import cli
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
---early-stop --ema --epochs --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval
---limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir
+--early-stop --ema --epochs --feature-views --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing
+--limit-eval --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir
 --patch-size --recipe --resume --run-name --sanity-check --seed --val-fraction --warmup-epochs --weight-decay --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
