@@ -68,7 +68,12 @@ else:
 
         def run(self, args: Any, accelerator) -> report.Evaluated:
             """Decode, predict and compute."""
-            options = dict(image_size=self.header["preprocessing"]["image_size"], num_threads=args.num_workers, progress=cli.Progress)
+            options = dict(
+                image_size=self.header["preprocessing"]["image_size"],
+                num_threads=args.num_workers,
+                store_limit=1e9 * args.store_limit,
+                progress=cli.Progress,
+            )
             images = data.decode(self.source, self.own_split, self.rows, **options)
             images.labels = images.labels.new_tensor(self.numbers)[images.labels]  # as the checkpoint numbers its classes
             model, header = checkpoint.load_model(self.path)

@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 import torch
 
-from modeling import cli, data
+from modeling import cli, data, decoding
 from modeling.checkpoint import write_text
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
@@ -81,8 +81,8 @@ def export_to_imagefolder(
             names = [source.classes[label] for label in source.labels(own)[rows].tolist()]
             counted = Counter(names)
             counts[FOLDERS[split]] = {name: counted[name] for name in source.classes}
-            images = data.iterate_images(source, own, rows, num_workers)
-            for name, (row, image) in zip(names, images, strict=True):
+            images = source.encoded(own).map(decoding.read_image, rows.tolist(), num_workers)
+            for name, row, image in zip(names, rows.tolist(), images, strict=True):
                 relative = f"{FOLDERS[split]}/{folders[name]}/{row:06d}.png"
                 buffer = io.BytesIO()
                 image.save(buffer, format="PNG")
@@ -157,7 +157,7 @@ def _check_file(path: Path, name: str, digest: str) -> list[str]:
     if hashlib.sha256(content).hexdigest() == digest:
         return []
     try:
-        data.read_image({"bytes": content, "path": None}, name)
+        decoding.read_image({"bytes": content, "path": None}, name)
     except ValueError:
         return [f"undecodable {name}"]
     return [f"altered {name}"]

@@ -72,7 +72,7 @@ else:
         source = data.load_source(args.dataset)
         own, rows = data.divide(source, "train", val_fraction=0.1, seed=42, limit_train=max(1024, args.batch_size))
         largest = max(args.image_size or models.default_image_size(name) or 0 for name in args.models)
-        images = data.decode(source, own, rows, image_size=largest, num_threads=args.num_workers)
+        images = data.decode(source, own, rows, image_size=largest, num_threads=args.num_workers, store_limit=1e9 * args.store_limit)
         print(f"{accelerator.device}, {torch.get_num_threads()} threads, {cli.precision_text(accelerator)}", flush=True)
         results = [profile_one(name, images, args, accelerator) for name in args.models]
         comparison = report.compare_models(results)

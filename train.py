@@ -138,7 +138,7 @@ def load_images(args: argparse.Namespace, size: int | None) -> tuple[data.Source
         count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
         chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
         rows["train"] = own, train_rows[chosen]
-    options = dict(image_size=size, num_threads=args.num_workers, progress=cli.Progress)
+    options = dict(image_size=size, num_threads=args.num_workers, store_limit=1e9 * args.store_limit, progress=cli.Progress)
     images = {split: data.decode(source, own, r, **options) for split, (own, r) in rows.items()}
     return source, images
 

@@ -8,6 +8,7 @@ pretrained   timm backbones: a new head, freezing, hub or local weights
 models       build_model: from a name to a module
 transforms   augmentation, resizing and normalising of a uint8 batch
 hub          downloads from the Hugging Face hub, and its cache
+decoding     from an encoded image to pixels, by threads
 store        decoded images on disk, built once, mapped into memory
 data         a dataset's name or folder -> splits -> images -> batches
 features     what a frozen backbone computes, kept on disk

@@ -84,6 +84,13 @@ def add_hardware_group(parser: Parser) -> None:
     group.add_argument(
         "--num-workers", type=NUM_WORKERS, default=num_cores(), help="threads that decode images, 0: the main one (default: the cores)"
     )
+    group.add_argument(
+        "--store-limit",
+        type=NON_NEGATIVE,
+        default=100.0,
+        metavar="GB",
+        help="largest store of a split's decoded images on disk, in 10**9 bytes; above it images are decoded as used (default: 100)",
+    )
 
 
 def num_cores() -> int:
@@ -162,15 +169,17 @@ def precision_text(accelerator: accelerate.Accelerator) -> str:
 
 
 class Progress:
-    """Progress with a rate and an ETA: a bar on a terminal, elsewhere a line on standard error every 30 seconds."""
+    """Progress with a rate and an ETA: a bar on a terminal, elsewhere a line on standard error every 30 seconds.
 
-    def __init__(self, total: int, description: str, unit: str = " images", done: int = 0):
+    Of the main process; with `everywhere`, of each that makes one.
+    """
+
+    def __init__(self, total: int, description: str, unit: str = " images", done: int = 0, everywhere: bool = False):
+        self.shown = everywhere or is_main_process()
         self.total, self.count, self.description, self.unit, self.done = total, done, description, unit, done
         self.started = self.logged = time.monotonic()
         self.bar = (
-            tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty() and is_main_process()
-            else None
+            tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() and self.shown else None
         )
 
     def __enter__(self) -> "Progress":
@@ -187,7 +196,7 @@ class Progress:
         self.count += n
         if self.bar is not None:
             self.bar.update(n)
-        elif is_main_process() and time.monotonic() - self.logged >= _LOG_SECONDS:
+        elif self.shown and time.monotonic() - self.logged >= _LOG_SECONDS:
             self.logged = time.monotonic()
             seconds, options = self.logged - self.started, dict(prefix=self.description, unit=self.unit, ncols=0, initial=self.done)
             meter = tqdm.format_meter(self.count, self.total, seconds, **options)

@@ -6,21 +6,22 @@ step (modeling/randomness.py).
 
 import contextlib
 import errno
+import functools
 import glob
 import hashlib
-import io
+import math
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from modeling import randomness, store
+from modeling import decoding, randomness, store
 from modeling.hub import download
 
 HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
@@ -31,6 +32,7 @@ PROMISES = {  # classes and side of what these repositories hold, in splits trai
 SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
+IN_MEMORY = 10**9  # bytes of a part of a split that are decoded into memory
 
 
 def is_stl10(dataset: str) -> bool:
@@ -60,6 +62,10 @@ class Source:
         if (labels < 0).any():
             raise ValueError(f"{self.name}: row {int((labels < 0).nonzero()[0])} of split {split} has no label")
         return labels
+
+    def encoded(self, split: str) -> decoding.Encoded:
+        """The images of a split as they are stored."""
+        return decoding.Encoded(self.splits[split], self.image_column, f"split {split} of {self.name}")
 
 
 def digits() -> datasets.DatasetDict:
@@ -120,8 +126,7 @@ def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
 
 def _check_promise(source: Source, classes: list[str], side: int) -> None:
     """ValueError: the repository that an alias names holds something else than the dataset of that name."""
-    cell = source.splits[next(iter(source.splits))].cast_column(source.image_column, datasets.Image(decode=False))[0]
-    size = read_image(cell[source.image_column], f"row 0 of {source.name}").size
+    (size,) = source.encoded(next(iter(source.splits))).map(decoding.read_size, [0], 0)
     for what, found, promised in (
         ("classes", sorted(source.classes), sorted(classes)),
         ("splits", sorted(source.splits.keys() & {"train", "test"}), ["test", "train"]),
@@ -214,66 +219,15 @@ def divide(
     return own, rows
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode, upright as its EXIF says, in 8-bit RGB; 16 bits are scaled to 8, transparency is dropped."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image)
-        image = Image.fromarray((pixels.clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def read_image(cell: dict, where: str) -> Image.Image:
-    """Decode one cell of an undecoded image column. ValueError: undecodable, naming the file, or `where` it stands."""
-    try:
-        if cell["bytes"] is None and cell["path"] is None:
-            raise ValueError("the image is missing")
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
-            return to_rgb(image)
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        path = cell["path"] or ""
-        name = path if Path(path).is_file() else f"{path} in {where}" if path else where
-        raise ValueError(f"cannot decode image {name}: {error or type(error).__name__}") from error
-
-
-def reduced(image: Image.Image, short_side: int) -> Image.Image:
-    """The image, or where its short side is longer than that, or its long one than three times that, a smaller copy."""
-    scale = min(1.0, short_side / min(image.size), 3 * short_side / max(image.size))
-    if scale == 1.0:
-        return image
-    return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC, reducing_gap=3)
-
-
-def iterate_images(
-    source: Source, split: str, rows: torch.Tensor, num_threads: int, short_side: int | None = None
-) -> Iterator[tuple[int, Image.Image]]:
-    """(row, RGB image) for each of `rows` in order, decoded, and reduced where short_side is given, by threads; 0: by none."""
-
-    def read(cell: dict, where: str) -> Image.Image:
-        image = read_image(cell, where)
-        return reduced(image, short_side) if short_side else image
-
-    raw = source.splits[split].cast_column(source.image_column, datasets.Image(decode=False))
-    raw = raw.select_columns([source.image_column])
-    with ThreadPoolExecutor(num_threads or 1) as pool:
-        for start in range(0, len(rows), 64):
-            chunk = rows[start : start + 64].tolist()
-            cells = raw[chunk][source.image_column]
-            places = [f"row {row} of split {split} of {source.name}" for row in chunk]
-            yield from zip(chunk, (pool.map if num_threads else map)(read, cells, places), strict=True)
-
-
 @dataclass
 class Images:
-    """Decoded images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), or a list of (3, H_i, W_i) of varied sizes.
+    """Images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
 
     where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, the row of each in the dataset's split,
     by which its augmentation is drawn.
     """
 
-    pixels: store.Pixels
+    pixels: store.Pixels | decoding.Decoder
     where: torch.Tensor
     sizes: torch.Tensor
     labels: torch.Tensor
@@ -290,46 +244,77 @@ class Images:
             return self.pixels[where], sizes
         height, width = sizes.amax(dim=0).tolist()
         out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
-        for canvas, index in zip(out, where.tolist(), strict=True):
-            image = self.pixels[index]
+        for canvas, image in zip(out, self._pixels_of(where), strict=True):
             canvas[:, : image.shape[1], : image.shape[2]] = image
         return out, sizes
 
+    def _pixels_of(self, where: torch.Tensor) -> Iterable[torch.Tensor]:
+        indices = where.tolist()
+        return self.pixels.take(indices) if isinstance(self.pixels, decoding.Decoder) else (self.pixels[index] for index in indices)
+
     def fingerprint(self) -> str:
-        """SHA-256 of sizes, labels and pixels."""
+        """SHA-256 of sizes, labels and pixels; of images that are decoded anew each time, of the dataset's own fingerprint and rows."""
         digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
-        for index in self.where.tolist():
-            digest.update(self.pixels[index].numpy())
+        if isinstance(self.pixels, decoding.Decoder):
+            digest.update(self.pixels.images.cells._fingerprint.encode() + self.rows.numpy().tobytes())
+        elif isinstance(self.pixels, torch.Tensor) and torch.equal(self.where, torch.arange(len(self.pixels))):
+            digest.update(self.pixels.numpy())
+        else:
+            for image in self._pixels_of(self.where):
+                digest.update(image.numpy())
         return digest.hexdigest()
 
 
-def decode(source: Source, split: str, rows: torch.Tensor, *, image_size: int | None, num_threads: int, progress=None) -> Images:
-    """The images of `rows` of the dataset's own `split`, all of them decoded before anything is computed.
+def decode(
+    source: Source,
+    split: str,
+    rows: torch.Tensor,
+    *,
+    image_size: int | None,
+    num_threads: int,
+    store_limit: float = math.inf,
+    progress=None,
+) -> Images:
+    """The images of `rows` of the dataset's own `split`, ready to be used.
 
-    More than half of a split come from its store, which is built where it is not there; fewer, or those of a dataset that is in
-    memory, are decoded into memory. Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of image_size, are kept at that
-    (and long sides at three times that). progress(total, "decoding") gives a context with update(n). ValueError: an image that
-    cannot be decoded, by name.
+    More than half of a split, or more than IN_MEMORY bytes, come from the split's store, which is built where it is not there; fewer,
+    or those of a dataset that is in memory, are decoded into memory. A store that would take more than store_limit bytes is not
+    built: its images are decoded each time they are used. Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of
+    image_size, are kept at that (and long sides at three times that). progress(total, description) gives a context with update(n).
+    ValueError: an image that cannot be decoded, by name.
     """
     keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
-    path = store.store_path(source.splits[split], source.image_column, keep)
+    encoded, num_images = source.encoded(split), len(source.splits[split])
 
-    def images(wanted: torch.Tensor) -> Iterator[Image.Image]:
-        with progress(len(wanted), "decoding") if progress else contextlib.nullcontext() as bar:
-            for _, image in iterate_images(source, split, wanted, num_threads, keep):
-                yield image
+    def read(how: Callable, wanted: Sequence[int], description: str = "decoding", **options: bool) -> Iterator[Any]:
+        with progress(len(wanted), description, **options) if progress else contextlib.nullcontext() as bar:
+            for result in encoded.map(how, wanted, num_threads):
+                yield result
                 if bar:
                     bar.update(1)
 
-    if path and (path.exists() or 2 * len(rows) > len(source.splits[split])):
-        store.build(path, images(torch.arange(len(source.splits[split]))))
+    def kept_size(cell: dict, where: str) -> tuple[int, int]:
+        return decoding.reduced_size(decoding.read_size(cell, where), keep)[::-1]
+
+    read_image = functools.partial(decoding.read_reduced, short_side=keep)
+    path = store.store_path(source.splits[split], source.image_column, keep)
+    if path and not path.exists():
+        sample = range(0, num_images, -(-num_images // 256))
+        image_bytes = 3 * sum(math.prod(size) for size in encoded.map(kept_size, sample, num_threads)) / len(sample)
+    if path is None or not (path.exists() or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
+        pixels, where = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
+    elif path.exists() or image_bytes * num_images <= store_limit:
+        store.build(path, read(read_image, range(num_images), everywhere=True))
         pixels, where = store.read(path), rows
     else:
-        pixels, where = store.collect(images(rows)), torch.arange(len(rows))
+        pixels, where = decoding.Decoder(encoded, num_threads, keep), rows
+        print(f"Split {split}, {image_bytes * num_images / 1e9:.3g} GB decoded, is above --store-limit: decoded as it is used", flush=True)
     if isinstance(pixels, torch.Tensor):
         sizes = torch.tensor(pixels.shape[2:]).expand(len(rows), 2)
-    else:
+    elif isinstance(pixels, list):
         sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
+    else:
+        sizes = torch.tensor(list(read(kept_size, rows.tolist(), "reading sizes")))
     return Images(pixels, where, sizes, source.labels(split)[rows], rows, source.classes)
 
 
@@ -381,20 +366,25 @@ def training_steps(
     """The steps of an epoch from `start` on, each the micro-batches of this rank's share of a global batch of `batch_size` images.
 
     The order is a function of (seed, epoch), mixing partners of (seed, epoch, step) over the global batch. The last batch is as
-    short as it falls.
+    short as it falls. Images that are decoded as they are used are decoded two steps ahead.
     """
-    order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
-    for step, global_batch in list(enumerate(order.split(batch_size)))[start:]:
-        partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step) if mix else None
-        micro_batches = []
-        for share in shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size):
-            weights = torch.ones(len(share)) if len(share) else torch.zeros(1)
-            share = share if len(share) else torch.zeros(1, dtype=torch.int64)
-            positions, own, partner = global_batch[share], None, None
-            if mix:
-                both = torch.cat([positions, global_batch[partners[share]]])
-                positions, where = torch.unique(both, return_inverse=True)
-                own, partner = where.chunk(2)
-            pixels, sizes = images.gather(positions)
-            micro_batches.append(Batch(pixels, sizes, images.labels[positions], images.rows[positions], weights, own, partner))
-        yield micro_batches
+
+    def micro_batch(global_batch: torch.Tensor, partners: torch.Tensor | None, share: torch.Tensor) -> Batch:
+        weights = torch.ones(len(share)) if len(share) else torch.zeros(1)
+        share = share if len(share) else torch.zeros(1, dtype=torch.int64)
+        positions, own, partner = global_batch[share], None, None
+        if partners is not None:
+            both = torch.cat([positions, global_batch[partners[share]]])
+            positions, where = torch.unique(both, return_inverse=True)
+            own, partner = where.chunk(2)
+        pixels, sizes = images.gather(positions)
+        return Batch(pixels, sizes, images.labels[positions], images.rows[positions], weights, own, partner)
+
+    def steps() -> Iterator[list[Batch]]:
+        order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
+        for step, global_batch in list(enumerate(order.split(batch_size)))[start:]:
+            partners = randomness.permutation(len(global_batch), seed, randomness.MIX, epoch, step) if mix else None
+            mine = shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size)
+            yield [micro_batch(global_batch, partners, share) for share in mine]
+
+    return decoding.ahead(steps()) if isinstance(images.pixels, decoding.Decoder) else steps()

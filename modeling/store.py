@@ -14,13 +14,15 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+from modeling.decoding import to_tensor
+
 VERSION = 1
 Pixels = torch.Tensor | list[torch.Tensor]
 
 
 def collect(images: Iterable[Image.Image]) -> Pixels:
     """RGB images as uint8 in memory: (N, 3, H, W), or a list of (3, H_i, W_i) where sizes differ."""
-    pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous() for image in images]
+    pixels = [to_tensor(image) for image in images]
     return torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else pixels
 
 

@@ -10,7 +10,7 @@ from conftest import make_image_folder
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from modeling import data
+from modeling import data, decoding
 
 
 def ramp(height=24, width=16):
@@ -36,7 +36,7 @@ def test_any_mode_becomes_rgb_uint8():
         "YCbCr": encoded(rgb.convert("YCbCr"), "JPEG", quality=100, subsampling=0),
     }
     for mode, cell in cases.items():
-        image = data.read_image(cell, "here")
+        image = decoding.read_image(cell, "here")
         assert image.mode == "RGB"
         assert image.size == (16, 24)
         reference = Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
@@ -47,7 +47,7 @@ def test_any_mode_becomes_rgb_uint8():
 def test_sixteen_bits_are_scaled_not_clipped(dtype):
     deep = (np.arange(24 * 16).reshape(24, 16) * 170).astype(dtype)
     cell = encoded(Image.fromarray(deep), "TIFF")
-    image = np.asarray(data.read_image(cell, "here"))
+    image = np.asarray(decoding.read_image(cell, "here"))
     assert np.array_equal(image[..., 0], (deep / 257).round().astype(np.uint8))
     assert image[..., 0].max() > 240
     assert (image == image[..., :1]).all()
@@ -70,14 +70,14 @@ def test_exif_orientation_is_applied(orientation):
         8: Image.Transpose.ROTATE_270,
     }[orientation]
     stored = upright if inverse is None else upright.transpose(inverse)
-    image = data.read_image(encoded(stored, exif=exif), "here")
+    image = decoding.read_image(encoded(stored, exif=exif), "here")
     assert np.array_equal(np.asarray(image), ramp())
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", encoded(Image.fromarray(ramp()))["bytes"][:-30]], ids=["empty", "text", "cut"])
 def test_an_undecodable_image_is_named(content):
     with pytest.raises(ValueError, match="cannot decode image row 7"):
-        data.read_image({"bytes": content, "path": None}, "row 7")
+        decoding.read_image({"bytes": content, "path": None}, "row 7")
 
 
 def test_a_broken_file_of_a_folder_is_named_by_its_path(tmp_path):
@@ -239,8 +239,8 @@ def test_a_split_without_labels_is_left_out_and_said_so(tmp_path, capsys):
 
 
 def test_a_panorama_is_reduced_by_its_long_side():
-    assert data.reduced(Image.new("RGB", (10000, 10)), 256).size == (768, 1)
-    assert data.reduced(Image.new("RGB", (700, 100)), 256).size == (700, 100)
+    assert decoding.reduced(Image.new("RGB", (10000, 10)), 256).size == (768, 1)
+    assert decoding.reduced(Image.new("RGB", (700, 100)), 256).size == (700, 100)
 
 
 def steps(n=23, **options):

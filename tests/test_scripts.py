@@ -15,12 +15,14 @@ from modeling import cli
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
 --early-stop --ema --epochs --feature-views --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing
 --limit-eval --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir
---patch-size --recipe --resume --run-name --sanity-check --seed --val-fraction --warmup-epochs --weight-decay --weights"""
+--patch-size --recipe --resume --run-name --sanity-check --seed --store-limit --val-fraction --warmup-epochs --weight-decay
+--weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
-    "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads --num-workers --output-dir --split",
+    "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads --num-workers --output-dir --split "
+    "--store-limit",
     "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps --num-threads --num-workers --output-dir "
-    "--recipe",
+    "--recipe --store-limit",
     "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
 }
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, call, make_image_folder
 from PIL import Image
 
-from modeling import data, store
+from modeling import data, decoding, store
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def images_of(images: data.Images) -> list[torch.Tensor]:
 
 
 def no_decoding(monkeypatch) -> None:
-    monkeypatch.setattr(data, "read_image", lambda *_: pytest.fail("an image was decoded again"))
+    monkeypatch.setattr(decoding, "read_image", lambda *_: pytest.fail("an image was decoded again"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -83,10 +83,10 @@ def test_other_images_or_another_size_have_a_store_of_their_own(cache, folder):
 def test_one_that_is_killed_leaves_nothing_that_counts_and_two_at_once_build_one(cache, folder, tmp_path):
     """Two processes build at once; the first to hold the lock is killed halfway, the other takes over."""
     code = (
-        "import sys, time; sys.path.insert(0, '.'); import torch; from modeling import data\n"
-        "read = data.read_image\n"
+        "import sys, time; sys.path.insert(0, '.'); import torch; from modeling import data, decoding\n"
+        "read = decoding.read_image\n"
         "def slow(*args): time.sleep(0.1); print('image', flush=True); return read(*args)\n"
-        "data.read_image = slow; source = data.load_source(sys.argv[1])\n"
+        "decoding.read_image = slow; source = data.load_source(sys.argv[1])\n"
         "data.decode(source, 'train', torch.arange(22), image_size=32, num_threads=0); print('done')"
     )
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
@@ -126,3 +126,58 @@ def test_a_full_disk_is_one_line_and_the_next_run_builds(cache, folder, tmp_path
     assert "Traceback" not in result.err
     assert call("train", *flags).status == 0
     assert not list(cache.glob("*.half"))
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(cache, folder, num_threads, capsys):
+    turned = Image.new("RGB", (60, 20), "green")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "train" / "a" / "turned.jpg", exif=exif)
+    Image.new("RGB", (900, 600), "blue").save(folder / "train" / "a" / "large.png")
+    limited = decode(folder, "train", store_limit=1000, num_threads=num_threads)
+    assert "above --store-limit" in capsys.readouterr().out
+    assert isinstance(limited.pixels, decoding.Decoder) and not cache.exists()
+    assert limited.fingerprint() == decode(folder, "train", store_limit=1000).fingerprint()
+    assert limited.fingerprint() != decode(folder, "train", torch.arange(20), store_limit=1000).fingerprint()
+    stored = decode(folder, "train", num_threads=num_threads)
+    assert torch.equal(limited.sizes, stored.sizes) and [60, 20] in limited.sizes.tolist() and [256, 384] in limited.sizes.tolist()
+    for one, other in zip(*(data.training_steps(i, seed=1, epoch=2, batch_size=5, mix=True) for i in (limited, stored)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(vars(one[0]).values(), vars(other[0]).values(), strict=True))
+
+
+def test_a_run_without_a_store_ends_as_with_one(cache, folder, tmp_path):
+    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--epochs", 2, "--batch-size", 4, "--augment", "light")
+    rows = []
+    for limit in (0, 1):
+        result = call("train", *flags, "--store-limit", limit, "--output-dir", tmp_path / f"{limit}")
+        assert result.status == 0, result.err
+        assert ("decoded as it is used" in result.out) == (limit == 0) and cache.exists() == (limit == 1)
+        rows.append((tmp_path / f"{limit}" / "runs" / "cnn_small" / "metrics.jsonl").read_text())
+    assert rows[0] == rows[1]
+
+
+def test_an_error_while_decoding_ahead_is_one_line(cache, folder, tmp_path, monkeypatch):
+    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path, "--store-limit", 0)
+    path = folder / "train" / "a" / "0.png"
+    path.write_bytes(path.read_bytes()[:-300])  # its header is whole
+    result = call("train", *flags)
+    assert result.status == 2 and "cannot decode image" in result.err and "Traceback" not in result.err
+
+
+def test_a_store_is_read_through_the_page_cache_not_into_memory(cache, tmp_path):
+    """Training on a store of 60 MB takes little memory of the process's own: its pages stay the system's, to drop when it needs them."""
+    path = tmp_path / "store"
+    path.mkdir()
+    (path / "pixels").write_bytes(os.urandom(3 * 1000) * 20000)
+    store.safetensors.torch.save_file({"sizes": torch.tensor([[25, 40]]).repeat(20000, 1)}, path / "sizes.safetensors")
+    indices = torch.arange(20000)
+    images = data.Images(store.read(path), indices, torch.tensor([[25, 40]] * 20000), indices % 10, indices, list("abcdefghij"))
+
+    def own_kilobytes() -> int:
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1])
+
+    before = own_kilobytes()
+    for micro_batches in data.training_steps(images, seed=0, epoch=0, batch_size=64):
+        assert micro_batches[0].images.shape[1:] == (3, 25, 40)
+    assert own_kilobytes() - before < 20_000
