@@ -109,6 +109,7 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
         torch.set_num_threads(args.num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     _keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
     # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
     on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())

@@ -340,8 +340,13 @@ class Batch:
     partner: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
-        return Batch(**moved)
+        """The batch on a device, but sizes and indices, by which the CPU decides what the device has to do."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        stay = {"sizes", "indices"}
+        return Batch(**{name: value if value is None or name in stay else move(value) for name, value in vars(self).items()})
 
 
 def shares(num_images: int, *, accumulation: int, rank: int, world_size: int) -> list[torch.Tensor]:

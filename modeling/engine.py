@@ -66,14 +66,14 @@ def train_step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for number, on_cpu in enumerate(micro_batches):
-        batch = on_cpu.to(accelerator.device)
+    for number, batch in enumerate(micro_batches):
+        weights, batch = batch.weights, batch.to(accelerator.device)
         last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             if cache:
                 view = cache.view(epoch)
                 make_input = functools.partial(augmented, batch, epoch=view, objective=objective)
-                x = cache.get(f"view_{view}", on_cpu.indices, on_cpu.weights, make_input)
+                x = cache.get(f"view_{view}", batch.indices, weights, make_input)
                 targets = [(1.0, batch.labels)]
             else:
                 x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
@@ -219,7 +219,7 @@ def predict(
 
 def _eval_input(images: Images, positions: torch.Tensor, preprocessing: Preprocessing, device: torch.device) -> torch.Tensor:
     pixels, sizes = images.gather(positions)
-    return transforms.preprocess(pixels.to(device), sizes.to(device), preprocessing)
+    return transforms.preprocess(pixels.to(device), sizes, preprocessing)
 
 
 def _gather_in_order(

@@ -6,6 +6,7 @@ it, image by image.
 A resize is two matrix products with 14-bit weights: sums of integers below 2**24, exact in float32 in any order, on any device.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,17 @@ def _weights(
     return weights.float().mul_(2**-_WEIGHT_BITS)
 
 
+@contextlib.contextmanager
+def _all_bits_of_float32():
+    """No TF32 inside, whatever is set outside: it has 11 bits, and the sums here need 24."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def resample(
     images: torch.Tensor,
     boxes: torch.Tensor,
@@ -91,10 +103,11 @@ def resample(
 ) -> torch.Tensor:
     """Scale a box of each image, take a square window of the result, mirror it where asked.
 
-    images (B, C, H, W); boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
+    images (B, C, H, W); on any device, boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
     scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) float32.
     """
     B, C, H, W = images.shape
+    boxes, scaled, offsets, flip = (t.to(images.device, non_blocking=True) for t in (boxes, scaled, offsets, flip))
     rows = _weights(boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation)  # (B, S, H)
     cols = _weights(boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation)  # (B, S, W)
     cols = torch.where(flip[:, None, None], cols.flip(1), cols)
@@ -104,21 +117,23 @@ def resample(
         return x.clamp_(0, 255) if interpolation == "bicubic" else x  # which overshoots
 
     lines = images.permute(0, 2, 1, 3).float().contiguous()
-    out = whole(lines.view(B, H * C, W) @ cols.transpose(1, 2))  # (B, H * C, S)
-    out = whole(rows @ out.view(B, H, C * size))  # (B, S, C * S)
+    with _all_bits_of_float32():
+        out = whole(lines.view(B, H * C, W) @ cols.transpose(1, 2))  # (B, H * C, S)
+        out = whole(rows @ out.view(B, H, C * size))  # (B, S, C * S)
     return out.view(B, size, C, size).permute(0, 2, 1, 3)
 
 
 def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None) -> torch.Tensor:
-    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2) from the top left -> (B, C, S, S), as at evaluation."""
+    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2), on the CPU, from the top left -> (B, C, S, S), as at evaluation."""
     size = prep.image_size
-    flip = torch.zeros(len(images), dtype=torch.bool, device=images.device) if flip is None else flip
+    flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
     if prep.crop_fraction is None:
         scaled = torch.full_like(sizes, size)
     else:
         short = math.floor(size / prep.crop_fraction)
         scaled = sizes * short // sizes.amin(dim=1, keepdim=True)  # torchvision's rounding of the long side
     if images.shape[2:] == (size, size) and bool((sizes == size).all() and (scaled == size).all()):
+        flip = flip.to(images.device, non_blocking=True)
         return torch.where(flip[:, None, None, None], images.flip(3), images)  # untouched where it is equal
     # Half a pixel goes as Python's round, torchvision's centre crop, has it: to the even side.
     offsets = torch.round((scaled - size) / 2).long()
@@ -128,27 +143,29 @@ def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip:
 
 def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
     """Pixels 0..255 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
-    mean = torch.tensor(prep.mean, device=images.device)[:, None, None]
-    std = torch.tensor(prep.std, device=images.device)[:, None, None]
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std))
+    mean, std = torch.tensor(prep.mean)[:, None, None], torch.tensor(prep.std)[:, None, None]
+    shift, scale = ((-mean / std), 1 / (255 * std))
+    return torch.addcmul(shift.to(images.device, non_blocking=True), images.float(), scale.to(images.device, non_blocking=True))
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
-    """The model's input at evaluation: (B, C, H, W) uint8 and their sizes (B, 2) -> (B, C, S, S) float32."""
+    """The model's input at evaluation: (B, C, H, W) uint8 and, on the CPU, their sizes (B, 2) -> (B, C, S, S) float32."""
     return normalize(resize(images, sizes, prep), prep)
 
 
 class Draws:
-    """Uniform numbers of one batch, float32 in [0, 1): draws(n) is number n of each image, (B,); draws(n, count) from n on, (B, count)."""
+    """Uniform numbers of one batch, float32 in [0, 1): draws(n) is number n of each image, (B,); draws(n, count) from n on, (B, count).
+
+    They are drawn on the CPU, whatever the device of the images: so what depends on them can be chosen without waiting for it.
+    """
 
     def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
-        self.keys = (seed, randomness.AUGMENT, epoch, indices)
+        self.keys, self.indices = (seed, randomness.AUGMENT, epoch), indices
 
     def __call__(self, draw: int, count: int | None = None) -> torch.Tensor:
-        *keys, indices = self.keys
         if count is None:
-            return randomness.uniform(*keys, indices, draw)
-        return randomness.uniform(*keys, indices[:, None], torch.arange(draw, draw + count, device=indices.device))
+            return randomness.uniform(*self.keys, self.indices, draw)
+        return randomness.uniform(*self.keys, self.indices[:, None], torch.arange(draw, draw + count))
 
 
 def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, float]) -> torch.Tensor:
@@ -177,8 +194,7 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     B, _, S, _ = images.shape
     pad = S // 8
     padded = F.pad(images, (pad, pad, pad, pad))
-    top = torch.floor(draws(_PAD_Y) * (2 * pad + 1)).long()
-    left = torch.floor(draws(_PAD_X) * (2 * pad + 1)).long()
+    top, left = (torch.floor(draws(d) * (2 * pad + 1)).long().to(images.device, non_blocking=True) for d in (_PAD_Y, _PAD_X))
     side = torch.arange(S, device=images.device)
     batch = torch.arange(B, device=images.device)[:, None, None]
     rows, cols = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
@@ -198,6 +214,7 @@ def color_jitter(images: torch.Tensor, boxes: torch.Tensor, draws: Draws, streng
     u = draws(_JITTER, 6)
     order = u[:, 3:].argsort(dim=1, stable=True)  # (B, 3)
     factors = (1 - strength + 2 * strength * u[:, :3]).gather(1, order)[:, :, None, None, None]
+    factors, order, boxes = (t.to(images.device, non_blocking=True) for t in (factors, order, boxes))
     top, left, height, width = boxes[:, :, None].unbind(dim=1)  # (B, 1)
     y, x = (torch.arange(side, device=images.device) for side in images.shape[2:])
     inside = ((y >= top) & (y < top + height))[:, None, :, None] * ((x >= left) & (x < left + width))[:, None, None, :]
@@ -214,7 +231,7 @@ def color_jitter(images: torch.Tensor, boxes: torch.Tensor, draws: Draws, streng
 
 def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.Tensor:
     """Rotate about the centre by up to `degrees` either way, bilinear, black outside."""
-    angle = torch.deg2rad(degrees * (2 * draws(_ANGLE) - 1))
+    angle = torch.deg2rad(degrees * (2 * draws(_ANGLE) - 1)).to(images.device, non_blocking=True)
     cos, sin = torch.cos(angle)[:, None, None], torch.sin(angle)[:, None, None]
     S = images.shape[-1]
     x = (2 * torch.arange(S, device=images.device) + 1) / S - 1  # pixel centres in -1..1
@@ -263,6 +280,7 @@ def randaugment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
             for sign in (-1, 1):
                 chosen = ((choice == number) & (negative == (sign < 0))).nonzero()[:, 0]
                 if len(chosen):
+                    chosen = chosen.to(images.device, non_blocking=True)
                     images[chosen] = op(images[chosen], sign)
     return images
 
@@ -270,7 +288,7 @@ def randaugment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 def augment(
     images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, *, name: str, seed: int, epoch: int, indices: torch.Tensor
 ) -> torch.Tensor:
-    """A batch as training sees it in `epoch`: (B, C, H, W) uint8, their sizes (B, 2) and indices (B,) -> (B, C, S, S) float32.
+    """A batch as training sees it in `epoch`: (B, C, H, W) uint8, and on the CPU sizes (B, 2) and indices (B,) -> (B, C, S, S) float32.
 
     none: as at evaluation. light: RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2. standard: flip, padded crop, colour
     jitter 0.2, rotation by up to 15 degrees. randaugment: RandAugment.
@@ -289,7 +307,7 @@ def augment(
         else:
             assert name == "standard", name
             out = padded_crop(resize(images, sizes, prep, flip), draws)
-            whole = torch.tensor([0, 0, *out.shape[2:]], device=out.device).expand(len(out), 4)
+            whole = torch.tensor([0, 0, *out.shape[2:]]).expand(len(out), 4)
             out = rotate(color_jitter(out, whole, draws), draws)
     return normalize(out, prep)
 

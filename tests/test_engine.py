@@ -1,12 +1,15 @@
 """The training step against the same arithmetic done plainly; predictions; the average of weights."""
 
+import contextlib
+from types import SimpleNamespace
+
 import accelerate
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling import data, randomness
+from modeling import data, models, randomness
 from modeling.cnn import SimpleCNN
 from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, make_inputs, predict, train_step
 from modeling.transforms import Preprocessing, mix
@@ -285,3 +288,34 @@ def test_an_overflow_under_a_grad_scaler_skips_the_step_and_is_no_bad_loss(image
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert fp16.scaler.get_scale() < 1e38
     run(fp16, images, model, steps=1)
+
+
+class Meta(SimpleNamespace):
+    """An accelerator on the meta device, which computes shapes only: whatever would make the host wait for a value is an error there."""
+
+    device, process_index, num_processes = torch.device("meta"), 0, 1
+    clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def no_sync(self, _):
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("augment", ["none", "light", "standard", "randaugment"])
+@pytest.mark.parametrize("name", ["cnn", "vit_scratch", "deit"])
+def test_the_step_never_waits_for_its_device(name, augment):
+    rows, pixels = torch.arange(64), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    images = data.Images(pixels, rows, torch.full((64, 2), 32), rows % 10, rows, list("abcdefghij"))
+    micro_batches = next(data.training_steps(images, seed=0, epoch=0, batch_size=32, accumulation=2, mix=True))
+    size = 224 if name == "deit" else 32
+    objective = Objective(Preprocessing(size, (0.5,) * 3, (0.5,) * 3), augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0)
+    model = models.build_model(name, num_classes=10, image_size=size).to("meta")
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)  # a fused one does not know this device
+    where = dict(epoch=0, step=0, num_images=32)
+    totals = train_step(Meta(), model, optimizer, micro_batches, **where, lr=1e-3, objective=objective)
+    assert totals.device.type == "meta" and all(p.grad is not None for p in model.parameters())
+    for wait in (lambda: totals.sum().item(), lambda: totals.cpu(), lambda: bool(totals.sum() > 0), lambda: totals.nonzero()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            wait()

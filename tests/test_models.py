@@ -9,7 +9,7 @@ from torch import nn
 from modeling import models, recipes
 from modeling.engine import build_optimizer
 from modeling.pretrained import ViTLinearProbe
-from modeling.vit import Block, SimpleViT
+from modeling.vit import Block, Dropout, SimpleViT
 
 
 def build(name, size, recipe="reference", num_classes=10, **kwargs):
@@ -67,6 +67,29 @@ def test_sizes_that_do_not_fit_are_refused():
         models.model_arguments("cnn", recipes.get_recipe("cnn", 32), image_size=32, patch_size=4, head_dropout=None)
     with pytest.raises(ValueError, match="vit cannot take image size 8"):
         models.build_model("vit", num_classes=10, image_size=8)
+
+
+@pytest.mark.parametrize("shape", [(1000, 1001), (7, 3, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_scales_the_rest_and_lets_gradients_through_the_same_ones(shape, dtype):
+    torch.manual_seed(0)
+    dropout, x = Dropout(0.1), torch.ones(shape, dtype=dtype, requires_grad=True)
+    out, other = dropout(x), dropout(x)
+    out.sum().backward()
+    assert torch.equal(x.grad, out)
+    assert not torch.equal(out, other)
+    torch.testing.assert_close(
+        out.unique(), torch.tensor([0, 1 / 0.9], dtype=dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0
+    )
+    if out.numel() > 1000:
+        n, dropped = out.numel(), out == 0
+        assert abs(float(dropped.float().mean()) - 0.1) < 5 * (0.09 / n) ** 0.5
+        for step in (1, 2, 3, 4, 1001):  # neighbours, those of one draw of 64 bits, those below
+            both = (dropped.flatten()[step:] & dropped.flatten()[:-step]).float().mean()
+            assert abs(float(both) - 0.01) < 5 * (0.0099 / n) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(Dropout(0.1)(x), out)
+    assert Dropout(0.1).eval()(x) is x and torch.equal(Dropout(0.0)(x), x) and not Dropout(1.0)(x).any()
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu"])

@@ -14,8 +14,8 @@ from modeling import cli
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
 --early-stop --ema --epochs --feature-views --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing
---limit-eval --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer --output-dir
---patch-size --recipe --resume --run-name --sanity-check --seed --store-limit --val-fraction --warmup-epochs --weight-decay
+--limit-eval --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer
+--output-dir --patch-size --recipe --resume --run-name --sanity-check --seed --store-limit --val-fraction --warmup-epochs --weight-decay
 --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -234,3 +235,22 @@ def test_half_of_the_images_are_mirrored(name):
     out = T.augment(ramp, torch.tensor([[32, 32]] * n), prep(32), name=name, seed=0, epoch=0, indices=torch.arange(n))
     mirrored = out[..., 6:12].mean(dim=(1, 2, 3)) > out[..., 20:26].mean(dim=(1, 2, 3))
     assert 150 < int(mirrored.sum()) < 250
+
+
+def test_the_products_keep_all_bits_where_tf32_is_on():
+    allowed, seen = torch.backends.cuda.matmul.allow_tf32, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "bmm" in func._schema.name:
+                seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return func(*args, **(kwargs or {}))
+
+    images, sizes, _ = batch(2)
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        with Watch():
+            T.resize(images, sizes, prep(48))
+        assert seen == [False, False] and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
