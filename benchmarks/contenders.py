@@ -48,6 +48,8 @@ WORKS = {
 }
 
 
+# Each prints one line of JSON: images_per_second without the first steps, and the seconds after which the first step began and the
+# epoch's last one ended, counted from the start of the process.
 def report(stamps: list[float], batch: int, skip: int) -> None:
     """stamps: when each step began, and when the last one ended."""
     seconds = stamps[-1] - stamps[skip]
@@ -72,12 +74,13 @@ def ours(work: str, args: argparse.Namespace) -> list[float]:
 
     train.train_step = timed_step
     setting = WORKS[work]
-    flags = f"--model {work} --weights none --epochs {args.epochs} --limit-eval 100 --val-fraction 0.01 --recipe reference".split()
+    flags = f"--model {work} --weights none --epochs {args.epochs} --limit-eval 100 --val-fraction 0.01".split()
+    flags += [] if work == "vit" else ["--recipe", "reference"]  # the default has the number of views that is measured
     flags += ["--dataset", str(args.data), "--limit-train", str(args.num_images), "--batch-size", str(setting["batch"])]
     flags += ["--image-size", str(setting["size"]), "--augment", setting["augment"], *(["--mixed-precision", "bf16"] if args.bf16 else [])]
     with tempfile.TemporaryDirectory() as folder:
         sys.stdout, stdout = sys.stderr, sys.stdout
-        train.main([*flags, "--output-dir", folder, *args.extra])
+        train.main([*flags, "--output-dir", folder])
         sys.stdout = stdout
     return [*stamps, timed_step.ended]
 
@@ -200,7 +203,7 @@ def cv_example(work: str, args: argparse.Namespace) -> list[float]:
 
 
 def timm(work: str, args: argparse.Namespace) -> list[float]:
-    """timm's train.py logs each step's seconds: their sums stand for the stamps."""
+    """timm's train.py logs each step's seconds: their sums, before the end of the command, stand for the stamps."""
     import datasets
 
     setting = WORKS[work]
@@ -222,10 +225,10 @@ def timm(work: str, args: argparse.Namespace) -> list[float]:
     steps = [float(text) for text in re.findall(r"Time: ([\d.]+)s,", done.stdout + done.stderr)]
     if done.returncode or not steps:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    stamps = [began]
-    for seconds in steps:
-        stamps.append(stamps[-1] + seconds)
-    return stamps
+    stamps = [time.time()]
+    for seconds in reversed(steps):
+        stamps.insert(0, stamps[0] - seconds)
+    return [stamp - began + STARTED for stamp in stamps]  # the folder was not there by itself for the others
 
 
 CONTENDERS = {"ours": ours, "notebook": notebook, "cv_example": cv_example, "timm": timm}
@@ -241,9 +244,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="ours only (default: 1)")
     parser.add_argument("--bf16", action="store_true", help="ours, cv_example and timm")
     parser.add_argument("--timm-train", type=Path, help="train.py of a checkout of pytorch-image-models")
-    parser.add_argument("extra", nargs="*", help="more flags of train.py, after --; ours only")
+    parser.add_argument("--processes", type=int, default=1, help="ours only: so many, of one thread each if more than one")
     args = parser.parse_args()
-    report(CONTENDERS[args.contender](args.work, args), WORKS[args.work]["batch"], args.skip)
+    if args.processes > 1:
+        again = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given(args)]
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), __file__, args.contender, args.work]
+        sys.exit(subprocess.run([sys.executable, *launch, *again], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
+    stamps = CONTENDERS[args.contender](args.work, args)
+    if os.environ.get("RANK", "0") == "0":
+        report(stamps, WORKS[args.work]["batch"], args.skip)
+
+
+def given(args: argparse.Namespace) -> list[tuple[str, object]]:
+    """The flags to repeat for each process."""
+    left_out = ("contender", "work", "processes")
+    return [(name.replace("_", "-"), value) for name, value in vars(args).items() if name not in left_out and value]
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     omp = os.environ.get("OMP_NUM_THREADS")
     if args.num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
         torch.set_num_threads(args.num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run in one Python may choose another precision
     # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
@@ -130,7 +130,7 @@ def make_accelerator(args: argparse.Namespace) -> accelerate.Accelerator:
     return accelerator
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep freed memory for the next step: by default large tensors go back to the system, and come back as zeroed pages."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
