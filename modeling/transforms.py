@@ -144,8 +144,8 @@ def resize(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip:
 def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
     """Pixels 0..255 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
     mean, std = torch.tensor(prep.mean)[:, None, None], torch.tensor(prep.std)[:, None, None]
-    shift, scale = ((-mean / std), 1 / (255 * std))
-    return torch.addcmul(shift.to(images.device, non_blocking=True), images.float(), scale.to(images.device, non_blocking=True))
+    shift, scale = (t.to(images.device, non_blocking=True) for t in (-mean / std, 1 / (255 * std)))
+    return torch.addcmul(shift, images.float(), scale)
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
@@ -241,29 +241,48 @@ def rotate(images: torch.Tensor, draws: Draws, degrees: float = 15.0) -> torch.T
     return out.round_().clamp_(0, 255)
 
 
+def _shift(images: torch.Tensor, x: int = 0, y: int = 0) -> torch.Tensor:
+    """Move right by x and down by y, black where nothing comes from."""
+    H, W = images.shape[2:]
+    out = torch.zeros_like(images)
+    out[:, :, max(y, 0) : H + min(y, 0), max(x, 0) : W + min(x, 0)] = images[:, :, max(-y, 0) : H - max(y, 0), max(-x, 0) : W - max(x, 0)]
+    return out
+
+
+def _sharpen(images: torch.Tensor, factor: float) -> torch.Tensor:
+    """Blend with a 3x3 mean whose centre counts five times; the border stays."""
+    H, W = images.shape[2:]
+    wide = images.to(torch.int16)
+    rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
+    inner = wide[:, :, 1:-1, 1:-1]
+    blurred = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round_()
+    out = images.clone()
+    out[:, :, 1 : H - 1, 1 : W - 1] = blurred.mul_(1 - factor).add_(inner, alpha=factor).clamp_(0, 255).to(torch.uint8)
+    return out
+
+
 def _randaugment_ops(size: int) -> list:
     """RandAugment's 14 ops at magnitude 9 of 30, functions of (images, sign), with torchvision's ranges."""
     m = 9 / 30
 
-    def affine(images: torch.Tensor, angle: float = 0.0, x: int = 0, y: int = 0, shear_x: float = 0.0, shear_y: float = 0.0):
-        shear = [math.degrees(math.atan(shear_x)), math.degrees(math.atan(shear_y))]
-        center = [0.0, 0.0] if shear_x or shear_y else None
-        return TF.affine(images, angle=angle, translate=[x, y], scale=1.0, shear=shear, center=center)
+    def shear(images: torch.Tensor, x: float = 0.0, y: float = 0.0):
+        degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
+        return TF.affine(images, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0.0, 0.0])
 
     shift = int(150.0 / 331.0 * size * m)
     return [
         lambda images, sign: images,
-        lambda images, sign: affine(images, shear_x=sign * 0.3 * m),
-        lambda images, sign: affine(images, shear_y=sign * 0.3 * m),
-        lambda images, sign: affine(images, x=sign * shift),
-        lambda images, sign: affine(images, y=sign * shift),
+        lambda images, sign: shear(images, x=sign * 0.3 * m),
+        lambda images, sign: shear(images, y=sign * 0.3 * m),
+        lambda images, sign: _shift(images, x=sign * shift),
+        lambda images, sign: _shift(images, y=sign * shift),
         lambda images, sign: TF.rotate(images, sign * 30.0 * m),
         lambda images, sign: TF.adjust_brightness(images, 1 + sign * 0.9 * m),
         lambda images, sign: TF.adjust_saturation(images, 1 + sign * 0.9 * m),
         lambda images, sign: TF.adjust_contrast(images, 1 + sign * 0.9 * m),
-        lambda images, sign: TF.adjust_sharpness(images, 1 + sign * 0.9 * m),
+        lambda images, sign: _sharpen(images, 1 + sign * 0.9 * m),
         lambda images, sign: TF.posterize(images, 8 - round(9 / (30 / 4))),
-        lambda images, sign: TF.solarize(images, 255 * (1 - m)),
+        lambda images, sign: images ^ (images >= 255 * (1 - m)).to(torch.uint8).mul_(255),
         lambda images, sign: TF.autocontrast(images),
         lambda images, sign: TF.equalize(images),
     ]

@@ -1,5 +1,7 @@
 """Architectures: parameter counts, references, freezing, weights from files."""
 
+import dataclasses
+
 import pytest
 import safetensors.torch
 import timm
@@ -249,4 +251,6 @@ def test_the_reference_recipes_are_the_notebooks():
     assert brief("deit", 224) == ("adamw", 3e-4, 0.01, "constant", 3, 64, "none")
     for name in models.MODELS:
         for size in (32, 96, 224):
-            assert recipes.get_recipe(name, size, "tuned") == recipes.get_recipe(name, size, "reference")
+            tuned = recipes.get_recipe(name, size, "tuned")
+            assert tuned.feature_views == (4 if name == "vit" else 0)
+            assert dataclasses.replace(tuned, feature_views=0) == recipes.get_recipe(name, size, "reference")
