@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from modeling import checkpoint, cli, data, features, models, preemption, randomness, recipes, resume, tracking
-from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, settle, train_step
+from modeling.engine import Ema, Objective, build_optimizer, complete_view, evaluate_model, settle, train_step
 from modeling.sanity import sanity_check
 from modeling.schedule import learning_rate
 from modeling.transforms import AUGMENT_SETS
@@ -177,7 +177,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     source, images = load_images(args, size)
     args.image_size = size or choose_image_size(args, images["train"])
     recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
-    args.schedule = recipe.schedule
+    args.schedule, asked_views = recipe.schedule, args.feature_views is not None
     resolve(args, recipe)
     if args.batch_size < accelerator.num_processes:
         raise ValueError(f"--batch-size {args.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image")
@@ -193,6 +193,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": args.image_size}
     torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
     raw_model = models.build_model(**model_args, weights=weights.path)
+    features.choose_views(args, raw_model, asked=asked_views)
     optimizer = build_optimizer(args.optimizer, raw_model, lr=args.lr, weight_decay=args.weight_decay)
     objective = Objective(
         preprocessing=models.preprocessing(args.model, recipe, args.image_size, weights),
@@ -214,7 +215,6 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     if args.sanity_check:
         return sanity_check(args, accelerator, model, raw_model, optimizer, images["train"], objective)
     ema = Ema(raw_model, args.ema) if args.ema else None
-    caches = features.open_caches(args, accelerator, raw_model, images, objective.preprocessing)
 
     # ---- a new run, or the rest of one -----------------------------------------------------------------------------------------
     steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
@@ -234,6 +234,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     position, totals = resume.start(states, args, run)
     recorded = position.finished or position.num_seen == 0  # what there is to say of this step
     resume.go_on(position, totals, args, len(images["train"]), states.differs)
+    caches = features.open_caches(args, accelerator, raw_model, images, objective.preprocessing)  # of the backbone as it is by now
+    if caches:
+        print(f"features   are kept in {caches['validation'].folder.parent}", flush=True)
     log = dict(first_step=position.step + recorded, log_bytes=position.log_bytes)
     tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process, **log)
 
@@ -255,21 +258,23 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         for epoch in range(position.epoch, args.epochs) if not position.finished else ():
             model.train()
             progress.describe(f"epoch {epoch + 1}/{args.epochs}")
+            share = dict(batch_size=args.batch_size, accumulation=args.gradient_accumulation_steps)
+            cache = caches.get("train")
             steps = data.training_steps(
                 images["train"],
                 seed=args.seed,
                 epoch=epoch,
-                batch_size=args.batch_size,
-                accumulation=args.gradient_accumulation_steps,
+                **share,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 mix=objective.mixes,
                 start=math.ceil(position.num_seen / args.batch_size),
+                with_pixels=not (cache and complete_view(accelerator, cache, images["train"], epoch, objective, **share)),
             )
             for micro_batches in itertools.islice(steps, args.max_steps and args.max_steps - position.step):
                 num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
                 where = dict(epoch=epoch, step=position.step, num_images=num_images)
-                what = dict(lr=rate(position.step), objective=objective, cache=caches.get("train"))
+                what = dict(lr=rate(position.step), objective=objective, cache=cache)
                 step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, **what)
                 totals += step_totals
                 first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad)

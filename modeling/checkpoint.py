@@ -22,7 +22,14 @@ from modeling.pretrained import HEADER_KEY, Weights, open_safetensors, read_tens
 from modeling.transforms import Preprocessing
 
 FORMAT_VERSION = 1
-UNRELATED_ARGUMENTS = {"output_dir", "num_workers", "checkpoint_every", "resume", "force"}  # they change nothing of what is computed
+UNRELATED_ARGUMENTS = {
+    "output_dir",
+    "num_workers",
+    "store_limit",
+    "checkpoint_every",
+    "resume",
+    "force",
+}  # they change nothing of what is computed
 ROOT = Path(__file__).resolve().parent.parent
 
 

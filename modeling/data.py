@@ -33,6 +33,7 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
 IN_MEMORY = 10**9  # bytes of a part of a split that are decoded into memory
+FINGERPRINT_BYTES = 10**9  # of pixels that a fingerprint reads
 
 
 def is_stl10(dataset: str) -> bool:
@@ -223,8 +224,8 @@ def divide(
 class Images:
     """Images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
 
-    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, the row of each in the dataset's split,
-    by which its augmentation is drawn.
+    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, sorted, the row of each in the dataset's
+    split, by which its augmentation is drawn; origin is the split's fingerprint by `datasets`, digest what fingerprint() gave.
     """
 
     pixels: store.Pixels | decoding.Decoder
@@ -233,6 +234,8 @@ class Images:
     labels: torch.Tensor
     rows: torch.Tensor
     classes: list[str]
+    origin: str = ""
+    digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -253,16 +256,15 @@ class Images:
         return self.pixels.take(indices) if isinstance(self.pixels, decoding.Decoder) else (self.pixels[index] for index in indices)
 
     def fingerprint(self) -> str:
-        """SHA-256 of sizes, labels and pixels; of images that are decoded anew each time, of the dataset's own fingerprint and rows."""
-        digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
-        if isinstance(self.pixels, decoding.Decoder):
-            digest.update(self.pixels.images.cells._fingerprint.encode() + self.rows.numpy().tobytes())
-        elif isinstance(self.pixels, torch.Tensor) and torch.equal(self.where, torch.arange(len(self.pixels))):
-            digest.update(self.pixels.numpy())
-        else:
-            for image in self._pixels_of(self.where):
-                digest.update(image.numpy())
-        return digest.hexdigest()
+        """SHA-256 of sizes, labels and pixels; of more than FINGERPRINT_BYTES of pixels, every so many images."""
+        if self.digest is None:
+            every = -(-3 * int(self.sizes.prod(dim=1).sum()) // FINGERPRINT_BYTES)
+            digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
+            for part in self.where[::every].split(1024):
+                for image in self._pixels_of(part):
+                    digest.update(image.numpy())
+            self.digest = digest.hexdigest()
+        return self.digest
 
 
 def decode(
@@ -298,12 +300,13 @@ def decode(
 
     read_image = functools.partial(decoding.read_reduced, short_side=keep)
     path = store.store_path(source.splits[split], source.image_column, keep)
-    if path and not path.exists():
-        sample = range(0, num_images, -(-num_images // 256))
+    is_stored, image_bytes = path is not None and path.exists(), 0.0
+    if path and not is_stored:
+        sample = rows[:: -(-len(rows) // 256)].tolist()
         image_bytes = 3 * sum(math.prod(size) for size in encoded.map(kept_size, sample, num_threads)) / len(sample)
-    if path is None or not (path.exists() or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
+    if path is None or not (is_stored or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
         pixels, where = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
-    elif path.exists() or image_bytes * num_images <= store_limit:
+    elif is_stored or image_bytes * num_images <= store_limit:
         store.build(path, read(read_image, range(num_images), everywhere=True))
         pixels, where = store.read(path), rows
     else:
@@ -315,7 +318,7 @@ def decode(
         sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
     else:
         sizes = torch.tensor(list(read(kept_size, rows.tolist(), "reading sizes")))
-    return Images(pixels, where, sizes, source.labels(split)[rows], rows, source.classes)
+    return Images(pixels, where, sizes, source.labels(split)[rows], rows, source.classes, source.splits[split]._fingerprint)
 
 
 def own_size(images: Images) -> int:
@@ -328,10 +331,11 @@ def own_size(images: Images) -> int:
 class Batch:
     """One micro-batch. images (U, 3, H, W) uint8, sizes, labels, indices (U,); where mixing, own and partner (B,) point into them.
 
+    images are None where nobody looks at them: their features are known.
     weights (B,) float32 is 1, or 0 for the image that a process runs when the global batch left it none.
     """
 
-    images: torch.Tensor
+    images: torch.Tensor | None
     sizes: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
@@ -367,6 +371,7 @@ def training_steps(
     world_size: int = 1,
     mix: bool = False,
     start: int = 0,
+    with_pixels: bool = True,
 ) -> Iterator[list[Batch]]:
     """The steps of an epoch from `start` on, each the micro-batches of this rank's share of a global batch of `batch_size` images.
 
@@ -382,7 +387,7 @@ def training_steps(
             both = torch.cat([positions, global_batch[partners[share]]])
             positions, where = torch.unique(both, return_inverse=True)
             own, partner = where.chunk(2)
-        pixels, sizes = images.gather(positions)
+        pixels, sizes = images.gather(positions) if with_pixels else (None, images.sizes[positions])
         return Batch(pixels, sizes, images.labels[positions], images.rows[positions], weights, own, partner)
 
     def steps() -> Iterator[list[Batch]]:
@@ -392,4 +397,4 @@ def training_steps(
             mine = shares(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size)
             yield [micro_batch(global_batch, partners, share) for share in mine]
 
-    return decoding.ahead(steps()) if isinstance(images.pixels, decoding.Decoder) else steps()
+    return decoding.ahead(steps()) if with_pixels and isinstance(images.pixels, decoding.Decoder) else steps()

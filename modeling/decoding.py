@@ -62,7 +62,7 @@ def reduced(image: Image.Image, short_side: int) -> Image.Image:
 def read_size(cell: dict, where: str) -> tuple[int, int]:
     """Width and height of one cell of an undecoded image column, upright, from the file's header. ValueError: unreadable."""
     with _open(cell, where) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # Pillow turns a TIFF
         return image.size[::-1] if turned else image.size
 
 

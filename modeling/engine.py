@@ -11,7 +11,7 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 
-from modeling import metrics, randomness, transforms
+from modeling import data, metrics, randomness, transforms
 from modeling.data import Batch, Images
 from modeling.features import FeatureCache
 from modeling.transforms import Preprocessing
@@ -91,6 +91,26 @@ def train_step(
         accelerator.clip_grad_norm_(model.parameters(), objective.clip_grad)
     optimizer.step()
     return totals
+
+
+def complete_view(
+    accelerator: Accelerator, cache: FeatureCache, images: Images, epoch: int, objective: Objective, *, batch_size: int, accumulation: int
+) -> bool:
+    """Whether the cache has every feature of the view that an epoch sees.
+
+    A view is computed in the batches of the epoch of its number, as that comes by. Where a later epoch misses some, for the cache was
+    lost, they are computed here in those batches: this process's own first, then what other machines keep elsewhere.
+    """
+    view, ranks = cache.view(epoch), accelerator.num_processes
+    complete = cache.is_complete(f"view_{view}")
+    for turn in range(ranks if epoch > view and not complete else 0):
+        share = dict(rank=(accelerator.process_index + turn) % ranks, world_size=ranks, accumulation=accumulation)
+        for micro_batches in data.training_steps(images, seed=objective.seed, epoch=view, batch_size=batch_size, **share):
+            for batch in micro_batches:
+                make_input = functools.partial(augmented, batch.to(accelerator.device), epoch=view, objective=objective)
+                cache.get(f"view_{view}", batch.indices, batch.weights, make_input)
+        complete = True
+    return complete
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

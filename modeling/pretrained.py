@@ -38,7 +38,8 @@ def pretrained_config(model: str):
 
 def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropout: float = 0.0) -> nn.Module:
     """A timm model with random weights and a head of `num_classes` (0: none, it gives features). ValueError: a size it cannot take."""
-    timm.layers.set_fused_attn(torch.cuda.is_available())  # on a CPU its backward is slower than two products and a softmax
+    # On a CPU two products and a softmax are faster than the fused attention, and take little memory while tokens are few.
+    timm.layers.set_fused_attn(torch.cuda.is_available() or image_size > 512)
     kwargs = {"img_size": image_size} if pretrained_config(model).fixed_input_size else {}
     try:
         backbone = timm.create_model(timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs)
@@ -48,6 +49,8 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
         return backbone.train()
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"{model} cannot take image size {image_size}: {error}") from error
+    finally:
+        timm.layers.set_fused_attn(True)  # timm's own default
 
 
 class ViTLinearProbe(nn.Module):

@@ -198,7 +198,7 @@ def check_agreement(accelerator: Accelerator, args, content: list[Any]) -> None:
     """ValueError: the processes have other arguments or images than the main one, or do not see its output folder."""
     if accelerator.num_processes == 1:
         return
-    free = ("output_dir", "num_workers", "num_threads")
+    free = ("output_dir", "num_workers", "num_threads", "store_limit")
     content = [{name: value for name, value in vars(args).items() if name not in free}, content]
     digest = int.from_bytes(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:7])
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))

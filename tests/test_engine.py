@@ -290,6 +290,15 @@ def test_an_overflow_under_a_grad_scaler_skips_the_step_and_is_no_bad_loss(image
     run(fp16, images, model, steps=1)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_lie_in_memory_as_their_parameters(accelerator, images, accumulation):
+    """Fused optimizers on a CPU take both as they lie, and would silently compute something else."""
+    model = models.build_model("cnn", num_classes=10, image_size=32)
+    run(accelerator, images, model, steps=1, accumulation=accumulation, optimizer="adam")
+    assert any(not p.is_contiguous() for p in model.parameters())
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+
+
 class Meta(SimpleNamespace):
     """An accelerator on the meta device, which computes shapes only: whatever would make the host wait for a value is an error there."""
 

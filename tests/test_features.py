@@ -2,15 +2,20 @@
 
 import errno
 import os
+import shutil
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
+import safetensors.torch
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_refused, call, command, newest_step, scripts
+from conftest import ROOT, assert_refused, call, command, make_image_folder, newest_step, scripts
 
-from modeling import checkpoint, features
+from modeling import checkpoint, decoding, features
+from modeling.data import Images
+from modeling.transforms import Preprocessing
 
 FLAGS = ("--model", "vit", "--weights", "none", "--dataset", "digits", "--image-size", 32, "--limit-train", 70, "--limit-eval", 20)
 FLAGS += ("--batch-size", 16, "--lr", 0.5, "--head-dropout", 0.1)
@@ -69,9 +74,11 @@ def test_each_view_is_computed_once_by_any_number_of_runs(tmp_path, cache, monke
     assert sum(computed) == 180
     train(tmp_path / "more", "--epochs", 3, "--feature-views", 3)
     assert sum(computed) == 180 + 70
+    train(tmp_path / "alike", "--epochs", 3, "--augment", "none")  # the recipe's four views would be one
+    assert sum(computed) == 250 + 70
     train(tmp_path / "other_batches", "--epochs", 1, "--batch-size", 10)
     train(tmp_path / "other_seed", "--epochs", 1, "--seed", 1)
-    assert len(list(cache.iterdir())) == 3 + 1 + 3  # another seed divides the dataset elsewhere, too
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 3 + 1 + 1 + 3  # another seed divides the dataset elsewhere, too
 
 
 def test_epoch_e_sees_view_e_mod_k(tmp_path, cache, monkeypatch):
@@ -112,6 +119,80 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, cache):
     assert same(resumed, train(tmp_path / "uninterrupted", "--epochs", 4, "--feature-views", 2))
 
 
+def test_a_cache_that_is_lost_is_computed_again_in_the_same_batches(tmp_path, cache, monkeypatch):
+    """Features depend on the batch that they are computed in, by a last bit: a later epoch must not choose another one."""
+    flags = ("--epochs", 3, "--feature-views", 1)
+    whole = train(tmp_path / "whole", *flags)
+    complete = scripts.train.complete_view
+
+    def lost(accelerator, cached, images, epoch, *rest, **more):
+        if epoch == 2:
+            cached._open("view_0")[:50] = 0
+        return complete(accelerator, cached, images, epoch, *rest, **more)
+
+    monkeypatch.setattr(scripts.train, "complete_view", lost)
+    assert same(whole, train(tmp_path / "lost", *flags))
+
+
+def test_features_are_of_the_backbone_that_was_resumed(tmp_path, cache):
+    weights = tmp_path / "weights.safetensors"
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = scripts.train.models.build_model("vit", num_classes=10, image_size=32)
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        safetensors.torch.save_file(state, tmp_path / f"{seed}.safetensors")
+    flags = ("--weights", weights, "--epochs", 3, "--feature-views", 3)
+    shutil.copy(tmp_path / "0.safetensors", weights)
+    expected = train(tmp_path / "whole", *flags)
+    folders = sorted(cache.iterdir())
+    stopped = call("train", *FLAGS, *flags, "--output-dir", tmp_path / "run")
+    assert stopped.status == 0
+    states = sorted((tmp_path / "run" / "checkpoints" / "vit_state").iterdir())
+    states[-1].unlink()  # as if killed in the last epoch
+    shutil.copy(tmp_path / "1.safetensors", weights)
+    assert same(expected, train(tmp_path / "run", *flags, "--resume"))
+    assert sorted(cache.iterdir()) == folders
+
+
+def test_other_preprocessing_code_or_images_have_other_features(tmp_path, cache, monkeypatch):
+    model, rows = scripts.train.models.build_model("vit", num_classes=2, image_size=32), torch.arange(3)
+
+    def folder(mean=0.5, origin="a", pixel=0):
+        images = Images(torch.full((3, 3, 32, 32), pixel, dtype=torch.uint8), rows, torch.full((3, 2), 32), rows, rows, [], origin)
+        prep = Preprocessing(image_size=32, mean=(mean,) * 3, std=(0.5,) * 3)
+        args = SimpleNamespace(mixup=0, cutmix=0, augment="light", seed=1, batch_size=2, gradient_accumulation_steps=1, feature_views=0)
+        return features.open_caches(args, Accelerator(), model, {"train": images}, prep)["train"].folder
+
+    folders = [folder(), folder(mean=0.500001), folder(origin="b"), folder(pixel=1)]
+    monkeypatch.setattr(features, "_CODE", ("transforms.py",))
+    assert len({*folders, folder()}) == 5
+
+
+def test_mixing_turns_the_recipes_views_off(tmp_path, cache):
+    train(tmp_path, "--epochs", 2, "--mixup", 0.2)
+    assert not list(cache.glob("*/view_*")) and list(cache.glob("*/evaluation_64"))
+
+
+def test_images_whose_features_are_known_are_not_decoded(tmp_path, cache, monkeypatch):
+    folder = make_image_folder(tmp_path / "images", {"train": {"a": 9, "b": 9}, "test": {"a": 3, "b": 3}})
+    flags = ("--model", "vit", "--weights", "none", "--dataset", folder, "--image-size", 32, "--epochs", 2, "--store-limit", 0)
+    whole = call("train", *flags, "--output-dir", tmp_path / "one")
+    assert whole.status == 0 and "above --store-limit" in whole.out, whole.err
+    decoded = []
+    take = decoding.Decoder.take
+    monkeypatch.setattr(decoding.Decoder, "take", lambda self, indices: decoded.append(indices) or take(self, indices))
+    assert call("train", *flags, "--output-dir", tmp_path / "two").status == 0
+    assert len(decoded) == 2  # for the fingerprints of train and test; validation is in memory
+    assert same(*((head(tmp_path / run), metrics(tmp_path / run)) for run in ("one", "two")))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
+    cache.parent.mkdir(parents=True)
+    cache.write_text("in the way")
+    result = call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1)
+    assert_refused(result, "cannot keep features in", "set HF_DATASETS_CACHE")
+
+
 def test_a_row_of_weight_zero_is_not_kept(tmp_path, cache):
     model = scripts.train.models.build_model("vit", num_classes=2, image_size=32)
     images = scripts.train.data.Images(
@@ -129,7 +210,7 @@ def test_a_full_disk_is_one_line(tmp_path, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(features, "FileLock", full)
     assert_refused(
         call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1), "No space left", "where features are kept", statuses=(1,)
     )
@@ -147,9 +228,10 @@ def test_views_that_cannot_be_kept_are_refused(tmp_path, flags, words):
     assert_refused(call("train", *flags), words, "--feature-views 0")
 
 
-def test_two_processes_share_the_cache_and_agree_with_one(tmp_path, cache):
+def test_two_processes_agree_with_one_whether_they_share_the_cache_or_not(tmp_path, cache):
     flags = (*FLAGS[:-2], "--epochs", 4, "--feature-views", 2, "--num-threads", 1)
-    env = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    code = "import os, sys; sys.path.insert(0, '.'); os.environ['HF_DATASETS_CACHE'] += os.environ['RANK'] * (sys.argv.pop(1) == 'own')\n"
+    (tmp_path / "worker.py").write_text(code + "import train; sys.exit(train.main(sys.argv[1:]))")
     launch = [
         sys.executable,
         "-m",
@@ -159,10 +241,15 @@ def test_two_processes_share_the_cache_and_agree_with_one(tmp_path, cache):
         "--num_processes",
         2,
     ]
-    two = [command(*launch, "train.py", *flags, "--output-dir", tmp_path / f"two{i}", env=env) for i in range(2)]
-    assert all(run.returncode == 0 for run in two), two[0].stderr
-    assert same(*((head(tmp_path / f"two{i}"), metrics(tmp_path / f"two{i}")) for i in range(2)))
+    ended = []
+    for run, kind in enumerate(("shared", "shared", "own", "own")):
+        env = {"HF_DATASETS_CACHE": str(tmp_path / kind), "ACCELERATE_USE_CPU": "true"}
+        done = command(*launch, tmp_path / "worker.py", kind, *flags, "--output-dir", tmp_path / f"run{run}", env=env)
+        assert done.returncode == 0, done.stderr
+        ended.append((head(tmp_path / f"run{run}"), metrics(tmp_path / f"run{run}")))
+    assert all(same(ended[0], other) for other in ended[1:])
+    assert (tmp_path / "own0").exists() and (tmp_path / "own1").exists()
     one = call("train", *flags, "--output-dir", tmp_path / "one")
     assert one.status == 0, one.err
-    for mine, theirs in zip(head(tmp_path / "one"), head(tmp_path / "two0"), strict=True):
+    for mine, theirs in zip(head(tmp_path / "one"), ended[0][0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

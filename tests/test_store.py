@@ -134,6 +134,7 @@ def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(cach
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(folder / "train" / "a" / "turned.jpg", exif=exif)
+    turned.save(folder / "train" / "a" / "turned.tiff", exif=exif)
     Image.new("RGB", (900, 600), "blue").save(folder / "train" / "a" / "large.png")
     limited = decode(folder, "train", store_limit=1000, num_threads=num_threads)
     assert "above --store-limit" in capsys.readouterr().out
@@ -155,6 +156,11 @@ def test_a_run_without_a_store_ends_as_with_one(cache, folder, tmp_path):
         assert ("decoded as it is used" in result.out) == (limit == 0) and cache.exists() == (limit == 1)
         rows.append((tmp_path / f"{limit}" / "runs" / "cnn_small" / "metrics.jsonl").read_text())
     assert rows[0] == rows[1]
+
+
+def test_an_image_that_is_not_used_may_be_broken(cache, folder):
+    (folder / "train" / "a" / "0.png").write_bytes(b"junk")
+    assert len(decode(folder, "train", torch.arange(5, 10))) == 5
 
 
 def test_an_error_while_decoding_ahead_is_one_line(cache, folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling import checkpoint, data
+from modeling import checkpoint, data, decoding
 from modeling.transforms import Preprocessing
 
 
@@ -138,8 +138,8 @@ def test_accumulation_and_workers_change_nothing(plain, tmp_path):
 
 def test_decoding_uses_num_workers_threads(tmp_path, monkeypatch):
     seen = []
-    pool = data.ThreadPoolExecutor
-    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda n: seen.append(n) or pool(n))
+    pool = decoding.ThreadPoolExecutor
+    monkeypatch.setattr(decoding, "ThreadPoolExecutor", lambda n: seen.append(n) or pool(n))
     run(tmp_path, "--max-steps", 1, "--num-workers", 3)
     assert set(seen) == {3}
 
