@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-HISTOGRAM_SAMPLE = 1_000_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
+HISTOGRAM_SAMPLE = 100_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
 
 
 class Tracker:
@@ -37,10 +37,12 @@ class Tracker:
             self.writer.add_scalar(tag, value, step)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Weights of all parameters, and the gradients that the last step left."""
+        """Weights of the parameters that train, and the gradients that the last step left."""
         if not self.enabled:
             return
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if values is not None:
                     values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)].float().cpu()

@@ -12,19 +12,19 @@ from modeling.tracking import HISTOGRAM_SAMPLE, Tracker
 
 def test_scalars_and_histograms_can_be_read_back(tmp_path):
     tracker = Tracker(tmp_path)
-    model = nn.Linear(2, 3)
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 3))
     model(torch.ones(1, 2)).sum().backward()
-    model.bias.requires_grad_(False).grad = None
+    model[1].bias.grad = None
     tracker.record("epoch", step=5, epoch=1, train_loss=2.5, validation_accuracy=0.75, learning_rate=0.01)
     tracker.histograms(model, 5)
     tracker.close()
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"epoch", "loss/train", "accuracy/validation", "learning_rate"}
     assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(5, 2.5)]
-    assert set(events.Tags()["histograms"]) == {"weights/weight", "weights/bias", "gradients/weight"}
-    histogram = events.Histograms("weights/weight")[0].histogram_value
+    assert set(events.Tags()["histograms"]) == {"weights/1.weight", "weights/1.bias", "gradients/1.weight"}  # not what is frozen
+    histogram = events.Histograms("weights/1.weight")[0].histogram_value
     assert histogram.num == 6
-    assert histogram.sum == pytest.approx(model.weight.sum().item(), rel=1e-5)
+    assert histogram.sum == pytest.approx(model[1].weight.sum().item(), rel=1e-5)
     line = {"kind": "epoch", "step": 5, "epoch": 1, "train_loss": 2.5, "validation_accuracy": 0.75, "learning_rate": 0.01}
     assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [line]
 
