@@ -78,9 +78,9 @@ def ours(work: str, args: argparse.Namespace) -> list[float]:
     flags += [] if work == "vit" else ["--recipe", "reference"]  # the default has the number of views that is measured
     flags += ["--dataset", str(args.data), "--limit-train", str(args.num_images), "--batch-size", str(setting["batch"])]
     flags += ["--image-size", str(setting["size"]), "--augment", setting["augment"], *(["--mixed-precision", "bf16"] if args.bf16 else [])]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as own:
         sys.stdout, stdout = sys.stderr, sys.stdout
-        train.main([*flags, "--output-dir", folder])
+        train.main([*flags, "--output-dir", os.environ.get("BENCHMARK_OUTPUT", own)])
         sys.stdout = stdout
     return [*stamps, timed_step.ended]
 
@@ -249,7 +249,9 @@ def main() -> None:
     if args.processes > 1:
         again = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given(args)]
         launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), __file__, args.contender, args.work]
-        sys.exit(subprocess.run([sys.executable, *launch, *again], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
+        with tempfile.TemporaryDirectory() as shared:
+            env = {**os.environ, "OMP_NUM_THREADS": "1", "BENCHMARK_OUTPUT": shared}
+            sys.exit(subprocess.run([sys.executable, *launch, *again], env=env).returncode)
     stamps = CONTENDERS[args.contender](args.work, args)
     if os.environ.get("RANK", "0") == "0":
         report(stamps, WORKS[args.work]["batch"], args.skip)

@@ -1,7 +1,8 @@
 """Training speed, side by side: ours and its peers in turn, each in a process of its own; medians and ratios.
 
     python benchmarks/speed.py peers --data FOLDER --timm-train PATH/train.py     # about 25 minutes on 2 cores
-    python benchmarks/speed.py scale --data FOLDER                                # images 1x to 8x; 1 process or 2
+    python benchmarks/speed.py scale --data FOLDER                                # an epoch of 1x to 8x as many images
+    python benchmarks/speed.py processes --data FOLDER                            # 1 process of 2 threads, or 2 of 1
     python benchmarks/speed.py start --data FOLDER                                # seconds to the first step, store warm
 
 FOLDER has parquet files, with columns img and label, as CIFAR-10's. Each run starts with an empty cache, but for `start`. --bf16 is
@@ -113,13 +114,17 @@ def scale(args: argparse.Namespace) -> None:
         first = statistics.median(seconds[counts[0]])
         for count in counts:
             print(f"| {count:,} | {statistics.median(seconds[count]):.2f} | {statistics.median(seconds[count]) / first:.2f} |", flush=True)
-        print("\n| work | 1 process of 2 threads, images/s | 2 processes of 1 | ratio |\n|---|---|---|---|")
+
+
+def processes(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as cache:
+        print("| work | 1 process of 2 threads, images/s | 2 processes of 1 | ratio |\n|---|---|---|---|")
         for work, count in (("cnn_small", 20000), ("vit_scratch", 3200), ("resnet18", 480)):
             rates: dict[int, list[float]] = {1: [], 2: []}
             for _ in range(args.repeats):
-                for processes in rates:
-                    flags = ["--num-images", count, "--skip", 5, "--bf16", "--processes", processes]
-                    rates[processes].append(contender("ours", work, args, *flags, cache=cache)["images_per_second"])
+                for number in rates:
+                    flags = ["--num-images", count, "--skip", 5, "--bf16", "--processes", number]
+                    rates[number].append(contender("ours", work, args, *flags, cache=cache)["images_per_second"])
             one, two = (statistics.median(rates[n]) for n in (1, 2))
             print(f"| {work} | {one:.4g} | {two:.4g} | {two / one:.2f} |", flush=True)
 
@@ -136,7 +141,7 @@ def start(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("peers", "scale", "start"))
+    parser.add_argument("what", choices=("peers", "scale", "processes", "start"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--timm-train", type=Path, help="train.py of a checkout of pytorch-image-models; without it timm is left out")
     parser.add_argument("--works", nargs="+", choices=PEERS, help="of peers (default: all)")
@@ -145,7 +150,7 @@ def main() -> None:
     commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix product {matrix_rate() / 1e12:.2f} TFLOP/s"
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit}, {machine}")
-    {"peers": peers, "scale": scale, "start": start}[args.what](args)
+    {"peers": peers, "scale": scale, "processes": processes, "start": start}[args.what](args)
 
 
 if __name__ == "__main__":
