@@ -94,7 +94,8 @@ SAME = (
     0.05,
 )
 SAME += ("--augment", "standard", "--mixup", 0.4, "--num-threads", 1)
-TOLERANCE = {"cnn_small": 1e-3, "vit_scratch": 1e-5}  # the last bit decides a maximum of a pool now and then
+# The last bit decides a maximum of a pool now and then, and more often in the flat areas of digits, where there are ties.
+TOLERANCE = {"cnn_small": 1e-2 if IMAGES == "digits" else 1e-3, "vit_scratch": 1e-5}
 MODELS = {"cnn_small": ("--model", "cnn_small"), "vit_scratch": ("--model", "vit_scratch", "--patch-size", 8)}
 
 
