@@ -222,11 +222,8 @@ def predict(
         turn = batches[start : start + world_size]
         if rank < len(turn):
             make_input = functools.partial(_eval_input, images, turn[rank], preprocessing, device)
-            x = (
-                cache.get(f"evaluation_{batch_size}", images.rows[turn[rank]], torch.ones(len(turn[rank])), make_input)
-                if cache
-                else make_input()
-            )
+            rows, weights = images.rows[turn[rank]], torch.ones(len(turn[rank]))
+            x = cache.get(f"evaluation_{batch_size}", rows, weights, make_input) if cache else make_input()
             logits.append(model(x).float())
             positions.append(turn[rank].to(device))
         if progress:

@@ -326,5 +326,5 @@ def test_the_step_never_waits_for_its_device(name, augment):
     totals = train_step(Meta(), model, optimizer, micro_batches, **where, lr=1e-3, objective=objective)
     assert totals.device.type == "meta" and all(p.grad is not None for p in model.parameters())
     for wait in (lambda: totals.sum().item(), lambda: totals.cpu(), lambda: bool(totals.sum() > 0), lambda: totals.nonzero()):
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError):
             wait()
