@@ -20,8 +20,13 @@ from urllib.parse import quote
 
 import torch
 
-from modeling import cli, data, decoding
-from modeling.checkpoint import write_text
+from modeling import cli
+from modeling.data import decoding
+from modeling.data.sources import default_val_fraction, load_source, select_rows
+from modeling.errors import UserError
+from modeling.files import write_text
+from modeling.progress import Progress
+from modeling.run.launch import num_cores, refuse_processes
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
@@ -30,15 +35,32 @@ MANIFEST = "manifest.json"
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     parser.add_argument(
-        "--dataset", default="stl10", help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)"
+        "--dataset",
+        default="stl10",
+        help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)",
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("data"), help="the folder to fill or verify (default: data)")
     parser.add_argument(
-        "--val-fraction", type=cli.FRACTION, help="share of train for val, where the dataset has none (default: stl10 0.2, else 0.1)"
+        "--output-dir", type=Path, default=Path("data"), help="the folder to fill or verify (default: data)"
     )
-    parser.add_argument("--seed", type=cli.SEED, default=42, help="of the division into train and val (default: 42)")
-    parser.add_argument("--verify", action="store_true", help="only read: name each missing, extra, altered or undecodable file")
-    parser.add_argument("--num-workers", type=cli.NUM_WORKERS, default=cli.num_cores(), help="threads that decode (default: the cores)")
+    parser.add_argument(
+        "--val-fraction",
+        type=cli.FRACTION,
+        help="share of train for val, where the dataset has none (default: stl10 0.2, else 0.1)",
+    )
+    parser.add_argument(
+        "--seed", type=cli.SEED, default=42, help="of the division into train and val (default: 42)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="only read: name each missing, extra, altered or undecodable file",
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=cli.NUM_WORKERS,
+        default=num_cores(),
+        help="threads that decode (default: the cores)",
+    )
     return parser
 
 
@@ -49,16 +71,21 @@ def class_folder(name: str) -> str:
 
 
 def export_to_imagefolder(
-    dataset: str, output_dir: str | Path, *, val_fraction: float | None = None, seed: int = 42, num_workers: int = 1
+    dataset: str,
+    output_dir: str | Path,
+    *,
+    val_fraction: float | None = None,
+    seed: int = 42,
+    num_workers: int = 1,
 ) -> dict[str, Any]:
     """Write train/, val/ and, where the dataset has one, test/ under output_dir, and give the manifest.
 
-    Files that are there already and right are left alone, so that a second call finishes a first. ValueError: the folder holds
+    Files that are there already and right are left alone, so that a second call finishes a first. UserError: the folder holds
     something else, or an image cannot be decoded.
     """
     output_dir = Path(output_dir)
-    source = data.load_source(dataset)
-    val_fraction = val_fraction or data.default_val_fraction(dataset)
+    source = load_source(dataset)
+    val_fraction = val_fraction or default_val_fraction(dataset)
     folders = {name: class_folder(name) for name in source.classes}
     settings = {
         "format_version": 1,
@@ -69,14 +96,14 @@ def export_to_imagefolder(
         "classes": folders,
     }
     splits = [split for split in FOLDERS if split in source.splits or split != "test"]
-    parts = {split: data.divide(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
+    parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
     _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
-    with cli.Progress(sum(len(rows) for _, rows in parts.values()), "exporting") as progress:
+    with Progress(sum(len(rows) for _, rows in parts.values()), "exporting") as progress:
         for split, (own, rows) in parts.items():
             names = [source.classes[label] for label in source.labels(own)[rows].tolist()]
             counted = Counter(names)
@@ -90,7 +117,9 @@ def export_to_imagefolder(
                 progress.update(1)
     stale = sorted(_found(output_dir) - files.keys())
     if stale:
-        raise ValueError(f"{output_dir} holds {len(stale)} files that are not of this export, such as {stale[0]}: remove them")
+        raise UserError(
+            f"{output_dir} holds {len(stale)} files that are not of this export, such as {stale[0]}: remove them"
+        )
     manifest = {**settings, "complete": True, "counts": counts, "files": files}
     write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
@@ -102,7 +131,9 @@ def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     old = read_manifest(output_dir)
     for key, value in settings.items():
         if old.get(key) != value:
-            raise ValueError(f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: choose another --output-dir")
+            raise UserError(
+                f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: choose another --output-dir"
+            )
 
 
 def _write_if_different(path: Path, content: bytes) -> str:
@@ -116,32 +147,38 @@ def _write_if_different(path: Path, content: bytes) -> str:
 
 
 def read_manifest(output_dir: Path) -> dict[str, Any]:
-    """The manifest of an export. ValueError: there is none, or it is broken."""
+    """The manifest of an export. UserError: there is none, or it is broken."""
     path = output_dir / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{output_dir} holds no export: it has no {MANIFEST}; choose an empty --output-dir, or the folder of an export")
+        raise UserError(
+            f"{output_dir} holds no export: it has no {MANIFEST}; choose an empty --output-dir, or the folder of an export"
+        )
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}): remove it and export again into an empty folder") from error
+        raise UserError(
+            f"{path} is broken ({error}): remove it and export again into an empty folder"
+        ) from error
     if not isinstance(manifest, dict):
-        raise ValueError(f"{path} is not a manifest of an export")
+        raise UserError(f"{path} is not a manifest of an export")
     return manifest
 
 
 def verify_dataset(output_dir: str | Path) -> list[str]:
     """What differs from the manifest, a line a file: missing, extra, altered or undecodable. Reads only.
 
-    ValueError: no manifest, or an export that was not finished.
+    UserError: no manifest, or an export that was not finished.
     """
     output_dir = Path(output_dir)
     manifest = read_manifest(output_dir)
     if not manifest.get("complete"):
-        raise ValueError(f"the export in {output_dir} was not finished: run export_data.py again with the same arguments")
+        raise UserError(
+            f"the export in {output_dir} was not finished: run export_data.py again with the same arguments"
+        )
     expected = manifest["files"]
     found = _found(output_dir)
     problems = [f"extra {name}" for name in sorted(found - expected.keys())]
-    with cli.Progress(len(expected), "verifying", " files") as progress:
+    with Progress(len(expected), "verifying", " files") as progress:
         for name, digest in expected.items():
             problems += _check_file(output_dir / name, name, digest) if name in found else [f"missing {name}"]
             progress.update(1)
@@ -149,7 +186,9 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    return {path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()} - {MANIFEST}
+    return {
+        path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()
+    } - {MANIFEST}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:
@@ -165,17 +204,29 @@ def _check_file(path: Path, name: str, digest: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    cli.refuse_processes()
+    refuse_processes()
     torch.set_num_threads(1)  # no tensor here is worth a thread
     if args.verify:
         problems = verify_dataset(args.output_dir)
-        print("\n".join(problems) if problems else f"{args.output_dir} is whole: every file is as its manifest says")
+        print(
+            "\n".join(problems)
+            if problems
+            else f"{args.output_dir} is whole: every file is as its manifest says"
+        )
         return 1 if problems else 0
     manifest = export_to_imagefolder(
-        args.dataset, args.output_dir, val_fraction=args.val_fraction, seed=args.seed, num_workers=args.num_workers
+        args.dataset,
+        args.output_dir,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        num_workers=args.num_workers,
     )
-    counts = ", ".join(f"{sum(by_class.values()):,} in {split}/" for split, by_class in manifest["counts"].items())
-    print(f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, listed with every file's SHA-256 in {MANIFEST}")
+    counts = ", ".join(
+        f"{sum(by_class.values()):,} in {split}/" for split, by_class in manifest["counts"].items()
+    )
+    print(
+        f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, listed with every file's SHA-256 in {MANIFEST}"
+    )
     return 0
 
 

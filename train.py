@@ -22,11 +22,19 @@ from typing import Any
 
 import torch
 
-from modeling import checkpoint, cli, data, features, models, preemption, randomness, recipes, resume, tracking
-from modeling.engine import Ema, Objective, build_optimizer, complete_view, evaluate_model, settle, train_step
+from modeling import cli, features, models, randomness, recipes
+from modeling.data.augment import AUGMENT_SETS
+from modeling.data.batches import training_steps
+from modeling.data.images import Images, decode, native_size
+from modeling.data.sources import Source, default_val_fraction, is_stl10, load_source, select_rows, stratified
+from modeling.engine import StepSettings, complete_view, evaluate_model, fix_ddp_bucket_order, train_step
+from modeling.errors import UserError
+from modeling.optim import Ema, build_optimizer, learning_rate
+from modeling.progress import Progress
+from modeling.run import checkpoint, preemption, state, tracking
+from modeling.run.files import RunFiles
+from modeling.run.launch import check_agreement, make_accelerator, precision_text
 from modeling.sanity import sanity_check
-from modeling.schedule import learning_rate
-from modeling.transforms import AUGMENT_SETS
 
 CHECK_EVERY = 20  # steps between looks at the flag that a loss was not finite: each look waits for the device
 NOT_FINITE_HELP = "use a lower --lr, --warmup-epochs 1 or --clip-grad 1"
@@ -36,45 +44,98 @@ BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "los
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     basic = parser.add_argument_group("the usual")
-    basic.add_argument("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
-    basic.add_argument("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)")
-    basic.add_argument("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
-    basic.add_argument("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes (default: the recipe's)")
+    basic.add_argument(
+        "--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)"
+    )
+    basic.add_argument(
+        "--dataset",
+        default="stl10",
+        help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)",
+    )
+    basic.add_argument(
+        "--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)"
+    )
+    basic.add_argument(
+        "--batch-size",
+        type=cli.POSITIVE_INT,
+        help="images an update, over all processes (default: the recipe's)",
+    )
     basic.add_argument("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
-    basic.add_argument("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
+    basic.add_argument(
+        "--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)"
+    )
     basic.add_argument("--run-name", help="name of the run's files (default: the model's name)")
     basic.add_argument("--seed", type=cli.SEED, default=42, help="(default: 42)")
 
     group = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)")
-    group.add_argument("--recipe", choices=("tuned", "reference"), default="tuned", help="our best, or the published one (default: tuned)")
-    group.add_argument("--max-steps", type=cli.POSITIVE_INT, help="train for this many updates, whatever --epochs says")
+    group.add_argument(
+        "--recipe",
+        choices=("tuned", "reference"),
+        default="tuned",
+        help="our best, or the published one (default: tuned)",
+    )
+    group.add_argument(
+        "--max-steps", type=cli.POSITIVE_INT, help="train for this many updates, whatever --epochs says"
+    )
     group.add_argument("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
     group.add_argument("--weight-decay", type=cli.NON_NEGATIVE, help="as the optimizer takes it")
-    group.add_argument("--warmup-epochs", type=cli.NON_NEGATIVE, help="epochs of linear warm-up of the learning rate")
+    group.add_argument(
+        "--warmup-epochs", type=cli.NON_NEGATIVE, help="epochs of linear warm-up of the learning rate"
+    )
     group.add_argument("--augment", choices=AUGMENT_SETS, help="random changes of each training image")
-    group.add_argument("--label-smoothing", type=cli.number(low=0, high=1, open_high=True), help="share of the target spread over classes")
-    group.add_argument("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="mix pairs of images, weight from Beta(ALPHA, ALPHA)")
     group.add_argument(
-        "--cutmix", type=cli.NON_NEGATIVE, metavar="ALPHA", help="paste a box of another image, area from Beta(ALPHA, ALPHA)"
-    )
-    group.add_argument("--clip-grad", type=cli.NON_NEGATIVE, metavar="NORM", help="largest norm of the gradient")
-    group.add_argument(
-        "--ema", type=cli.number(low=0, high=1, open_high=True), metavar="DECAY", help="average the weights; checkpoints hold the average"
+        "--label-smoothing",
+        type=cli.number(low=0, high=1, open_high=True),
+        help="share of the target spread over classes",
     )
     group.add_argument(
-        "--gradient-accumulation-steps", type=cli.POSITIVE_INT, default=1, help="micro-batches a batch is cut into (default: 1)"
+        "--mixup",
+        type=cli.NON_NEGATIVE,
+        metavar="ALPHA",
+        help="mix pairs of images, weight from Beta(ALPHA, ALPHA)",
+    )
+    group.add_argument(
+        "--cutmix",
+        type=cli.NON_NEGATIVE,
+        metavar="ALPHA",
+        help="paste a box of another image, area from Beta(ALPHA, ALPHA)",
+    )
+    group.add_argument(
+        "--clip-grad", type=cli.NON_NEGATIVE, metavar="NORM", help="largest norm of the gradient"
+    )
+    group.add_argument(
+        "--ema",
+        type=cli.number(low=0, high=1, open_high=True),
+        metavar="DECAY",
+        help="average the weights; checkpoints hold the average",
+    )
+    group.add_argument(
+        "--gradient-accumulation-steps",
+        type=cli.POSITIVE_INT,
+        default=1,
+        help="micro-batches a batch is cut into (default: 1)",
     )
 
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--weights", default="default", help="default (the hub's, for a pretrained model), none, hf-hub:ORG/NAME or a safetensors file"
+        "--weights",
+        default="default",
+        help="default (the hub's, for a pretrained model), none, hf-hub:ORG/NAME or a safetensors file",
     )
     group.add_argument(
-        "--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: the pretrained model's, else the images', 224 at most)"
+        "--image-size",
+        type=cli.POSITIVE_INT,
+        help="side in pixels (default: the pretrained model's, else the images', 224 at most)",
     )
-    group.add_argument("--patch-size", type=cli.POSITIVE_INT, help="vit_scratch's, in pixels (default: 4 up to 64 pixels, 8, 16 from 128)")
     group.add_argument(
-        "--head-dropout", type=cli.number(low=0, high=1, open_high=True), help="dropout before the last layer (default: the model's)"
+        "--patch-size",
+        type=cli.POSITIVE_INT,
+        help="vit_scratch's, in pixels (default: 4 up to 64 pixels, 8, 16 from 128)",
+    )
+    group.add_argument(
+        "--head-dropout",
+        type=cli.number(low=0, high=1, open_high=True),
+        help="dropout before the last layer (default: the model's)",
     )
 
     group.add_argument(
@@ -86,25 +147,68 @@ def build_parser() -> cli.Parser:
 
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--val-fraction", type=cli.FRACTION, help="share of train for validation, where the dataset has none (default: stl10 0.2, else 0.1)"
+        "--val-fraction",
+        type=cli.FRACTION,
+        help="share of train for validation, where the dataset has none (default: stl10 0.2, else 0.1)",
     )
-    group.add_argument("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
-    group.add_argument("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on stratified subsets of N images")
+    group.add_argument(
+        "--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images"
+    )
+    group.add_argument(
+        "--limit-eval",
+        type=cli.POSITIVE_INT,
+        metavar="N",
+        help="validate and test on stratified subsets of N images",
+    )
 
-    group = parser.add_argument_group("resuming (a state is saved after each epoch, and on SIGTERM, SIGINT and SIGUSR1)")
-    group.add_argument("--checkpoint-every", type=cli.POSITIVE_INT, metavar="STEPS", help="save a state every so many steps, too")
-    group.add_argument("--resume", action="store_true", help="go on from the newest whole state of the run, or start where there is none")
-    group.add_argument("--force", action="store_true", help="resume even if arguments differ from those of the state")
+    group = parser.add_argument_group(
+        "resuming (a state is saved after each epoch, and on SIGTERM, SIGINT and SIGUSR1)"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=cli.POSITIVE_INT,
+        metavar="STEPS",
+        help="save a state every so many steps, too",
+    )
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole state of the run, or start where there is none",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="resume even if arguments differ from those of the state"
+    )
 
     group = parser.add_argument_group("selection and checks")
     group.add_argument(
-        "--best-metric", choices=tuple(BEST_METRICS), default="accuracy", help="what chooses the best epoch (default: accuracy)"
+        "--best-metric",
+        choices=tuple(BEST_METRICS),
+        default="accuracy",
+        help="what chooses the best epoch (default: accuracy)",
     )
-    group.add_argument("--early-stop", type=cli.POSITIVE_INT, metavar="EPOCHS", help="stop after so many epochs without a better one")
-    group.add_argument("--sanity-check", action="store_true", help="only see whether the model can overfit a few batches; writes nothing")
-    group.add_argument("--num-batches", type=cli.POSITIVE_INT, default=5, help="batches that --sanity-check overfits (default: 5)")
+    group.add_argument(
+        "--early-stop",
+        type=cli.POSITIVE_INT,
+        metavar="EPOCHS",
+        help="stop after so many epochs without a better one",
+    )
+    group.add_argument(
+        "--sanity-check",
+        action="store_true",
+        help="only see whether the model can overfit a few batches; writes nothing",
+    )
+    group.add_argument(
+        "--num-batches",
+        type=cli.POSITIVE_INT,
+        default=5,
+        help="batches that --sanity-check overfits (default: 5)",
+    )
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    group.add_argument("--deterministic", action="store_true", help="only deterministic algorithms; an operator without one is an error")
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only deterministic algorithms; an operator without one is an error",
+    )
     cli.add_hardware_group(parser)
     return parser
 
@@ -116,34 +220,57 @@ def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
             setattr(args, field.name, getattr(recipe, field.name))
 
 
-def choose_image_size(args: argparse.Namespace, images: data.Images) -> int:
+def choose_image_size(args: argparse.Namespace, images: Images) -> int:
     """For a model from scratch the images' own size, and 224 for the reference recipes on STL-10."""
-    published = 224 if args.recipe == "reference" and data.is_stl10(args.dataset) else None
-    return published or data.own_size(images)
+    published = 224 if args.recipe == "reference" and is_stl10(args.dataset) else None
+    return published or native_size(images)
 
 
-def load_images(args: argparse.Namespace, size: int | None) -> tuple[data.Source, dict[str, data.Images]]:
+def load_images(args: argparse.Namespace, size: int | None) -> tuple[Source, dict[str, Images]]:
     """Decode every image that the run will use, at the model's `size` where that is known by now."""
-    source = data.load_source(args.dataset)
-    args.val_fraction = args.val_fraction or data.default_val_fraction(args.dataset)
+    source = load_source(args.dataset)
+    args.val_fraction = args.val_fraction or default_val_fraction(args.dataset)
     limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
-    wanted = ["train"] if args.sanity_check else ["train", "validation", *(["test"] if "test" in source.splits else [])]
-    rows = {split: data.divide(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits) for split in wanted}
+    wanted = (
+        ["train"]
+        if args.sanity_check
+        else ["train", "validation", *(["test"] if "test" in source.splits else [])]
+    )
+    rows = {
+        split: select_rows(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits)
+        for split in wanted
+    }
     own, train_rows = rows["train"]
     trained = set(source.labels(own)[train_rows].tolist())
     untrained = [name for number, name in enumerate(source.classes) if number not in trained]
     if untrained:
-        print(f"No training image has the class {', '.join(map(repr, untrained[:5]))}{' ...' if len(untrained) > 5 else ''}.")
+        print(
+            f"No training image has the class {', '.join(map(repr, untrained[:5]))}{' ...' if len(untrained) > 5 else ''}."
+        )
     if args.sanity_check:
-        count = args.num_batches * (args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size)
-        chosen = data.stratified(source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET)
+        count = args.num_batches * (
+            args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size
+        )
+        chosen = stratified(
+            source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET
+        )
         rows["train"] = own, train_rows[chosen]
-    options = dict(image_size=size, num_threads=args.num_workers, store_limit=1e9 * args.store_limit, progress=cli.Progress)
-    images = {split: data.decode(source, own, r, **options) for split, (own, r) in rows.items()}
+    options = dict(
+        image_size=size, num_workers=args.num_workers, store_limit=1e9 * args.store_limit, progress=Progress
+    )
+    images = {split: decode(source, own, r, **options) for split, (own, r) in rows.items()}
     return source, images
 
 
-def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Images], model, weights, preprocessing, total_steps) -> str:
+def describe(
+    args: argparse.Namespace,
+    accelerator,
+    images: dict[str, Images],
+    model,
+    weights,
+    preprocessing,
+    total_steps,
+) -> str:
     """What a person wants to see before a long run starts."""
     total, trainable = models.count_parameters(model)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
@@ -158,7 +285,7 @@ def describe(args: argparse.Namespace, accelerator, images: dict[str, data.Image
             f"batch      {args.batch_size} = processes {processes} x accumulation {accumulation} x micro-batch {micro}",
             f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
             f"length     {args.epochs} epochs, {total_steps:,} steps",
-            f"hardware   {accelerator.device.type}, {threads}, {cli.precision_text(accelerator)}",
+            f"hardware   {accelerator.device.type}, {threads}, {precision_text(accelerator)}",
         ]
     )
 
@@ -167,9 +294,8 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     # ---- arguments, recipe, data -----------------------------------------------------------------------------------------------
     models.check_model_name(args.model)
     run = args.run_name = models.file_name(args.model) if args.run_name is None else args.run_name
-    if Path(run).name != run or run.startswith(".") or not run:
-        raise ValueError(f"--run-name {run!r} must be a plain file name")
-    accelerator = cli.make_accelerator(args)
+    run_files = RunFiles(args.output_dir, run)
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     if not args.sanity_check:
         cli.check_output_dir(args.output_dir, "checkpoints", "runs")
     weights = models.find_weights(args.model, args.weights)
@@ -180,7 +306,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     args.schedule, asked_views = recipe.schedule, args.feature_views is not None
     resolve(args, recipe)
     if args.batch_size < accelerator.num_processes:
-        raise ValueError(f"--batch-size {args.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image")
+        raise UserError(
+            f"--batch-size {args.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image"
+        )
 
     # ---- model and optimizer ---------------------------------------------------------------------------------------------------
     if args.deterministic:
@@ -188,14 +316,18 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(args.deterministic)
     model_args = models.model_arguments(
-        args.model, recipe, image_size=args.image_size, patch_size=args.patch_size, head_dropout=args.head_dropout
+        args.model,
+        recipe,
+        image_size=args.image_size,
+        patch_size=args.patch_size,
+        head_dropout=args.head_dropout,
     )
     model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": args.image_size}
     torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
     raw_model = models.build_model(**model_args, weights=weights.path)
     features.choose_views(args, raw_model, asked=asked_views)
     optimizer = build_optimizer(args.optimizer, raw_model, lr=args.lr, weight_decay=args.weight_decay)
-    objective = Objective(
+    objective = StepSettings(
         preprocessing=models.preprocessing(args.model, recipe, args.image_size, weights),
         augment=args.augment,
         label_smoothing=args.label_smoothing,
@@ -207,9 +339,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
     # ---- prepare, once ---------------------------------------------------------------------------------------------------------
     fingerprint = images["train"].fingerprint()
-    resume.check_agreement(accelerator, args, [fingerprint, model_args])
+    check_agreement(accelerator, args, [fingerprint, model_args])
     model, optimizer = accelerator.prepare(raw_model, optimizer)
-    settle(accelerator, model, args.image_size)
+    fix_ddp_bucket_order(accelerator, model, args.image_size)
     if args.compile:
         model = torch.compile(model)
     if args.sanity_check:
@@ -220,25 +352,31 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     args.epochs = math.ceil(total_steps / steps_per_epoch)
-    print(describe(args, accelerator, images, raw_model, weights, objective.preprocessing, total_steps), flush=True)
+    print(
+        describe(args, accelerator, images, raw_model, weights, objective.preprocessing, total_steps),
+        flush=True,
+    )
     header = checkpoint.make_header(
         model=model_args,
         classes=source.classes,
         preprocessing=objective.preprocessing,
-        arguments=vars(args) | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
+        arguments=vars(args)
+        | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
         dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
         weights=weights,
     )
-    paths = {kind: args.output_dir / "checkpoints" / f"{run}_{kind}.safetensors" for kind in ("best", "final")}
-    states = resume.States(args.output_dir / "checkpoints" / f"{run}_state", accelerator, raw_model, optimizer, ema, header)
-    position, totals = resume.start(states, args, run)
+    paths = {"best": run_files.best, "final": run_files.final}
+    states = state.States(run_files.states, accelerator, raw_model, optimizer, ema, header)
+    position, totals = state.restore_or_begin(states, args, run)
     recorded = position.finished or position.num_seen == 0  # what there is to say of this step
-    resume.go_on(position, totals, args, len(images["train"]), states.differs)
-    caches = features.open_caches(args, accelerator, raw_model, images, objective.preprocessing)  # of the backbone as it is by now
+    state.apply_forced_arguments(position, totals, args, len(images["train"]), states.differs)
+    caches = features.open_caches(
+        args, accelerator, raw_model, images, objective.preprocessing
+    )  # of the backbone as it is by now
     if caches:
         print(f"features   are kept in {caches['validation'].folder.parent}", flush=True)
     log = dict(first_step=position.step + recorded, log_bytes=position.log_bytes)
-    tracker = tracking.Tracker(args.output_dir / "runs" / run, enabled=accelerator.is_main_process, **log)
+    tracker = tracking.Tracker(run_files.logs, enabled=accelerator.is_main_process, **log)
 
     def save_state() -> None:
         stop_if_bad(accelerator, first_bad)
@@ -247,20 +385,24 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
 
     # ---- the loop --------------------------------------------------------------------------------------------------------------
     started = time.monotonic() - position.seconds
-    schedule = dict(total_steps=total_steps, warmup_steps=round(args.warmup_epochs * steps_per_epoch), schedule=args.schedule)
+    schedule = dict(
+        total_steps=total_steps,
+        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+        schedule=args.schedule,
+    )
     rate = functools.partial(learning_rate, base=args.lr, **schedule)
     first_bad = torch.tensor(-1, device=accelerator.device)
     better = BEST_METRICS[args.best_metric]
     full_epochs, rest = divmod(total_steps, steps_per_epoch)
     num_done = position.epoch * len(images["train"]) + position.num_seen
-    progress = cli.Progress(full_epochs * len(images["train"]) + rest * args.batch_size, "epoch", done=num_done)
+    progress = Progress(full_epochs * len(images["train"]) + rest * args.batch_size, "epoch", done=num_done)
     with preemption.Preemption(accelerator, save_state) as signals:
         for epoch in range(position.epoch, args.epochs) if not position.finished else ():
             model.train()
             progress.describe(f"epoch {epoch + 1}/{args.epochs}")
             share = dict(batch_size=args.batch_size, accumulation=args.gradient_accumulation_steps)
             cache = caches.get("train")
-            steps = data.training_steps(
+            steps = training_steps(
                 images["train"],
                 seed=args.seed,
                 epoch=epoch,
@@ -269,7 +411,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 world_size=accelerator.num_processes,
                 mix=objective.mixes,
                 start=math.ceil(position.num_seen / args.batch_size),
-                with_pixels=not (cache and complete_view(accelerator, cache, images["train"], epoch, objective, **share)),
+                with_pixels=not (
+                    cache and complete_view(accelerator, cache, images["train"], epoch, objective, **share)
+                ),
             )
             for micro_batches in itertools.islice(steps, args.max_steps and args.max_steps - position.step):
                 num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
@@ -277,7 +421,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 what = dict(lr=rate(position.step), objective=objective, cache=cache)
                 step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, **what)
                 totals += step_totals
-                first_bad = torch.where((first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad)
+                first_bad = torch.where(
+                    (first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad
+                )
                 if ema:
                     ema.update(raw_model)
                 position.step, position.num_seen = position.step + 1, position.num_seen + num_images
@@ -285,34 +431,56 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
                 signals.check()
                 if position.step % CHECK_EVERY == 0:  # all ranks
                     stop_if_bad(accelerator, first_bad)
-                if args.checkpoint_every and position.step % args.checkpoint_every == 0:  # all ranks; the main one writes
+                if (
+                    args.checkpoint_every and position.step % args.checkpoint_every == 0
+                ):  # all ranks; the main one writes
                     save_state()
 
             # once an epoch, all ranks; only the main one writes
             stop_if_bad(accelerator, first_bad)
             loss_sum, num_right = accelerator.gather(totals[None]).sum(dim=0).tolist()
             num_images, lr = position.num_seen, rate(position.step - 1)
-            record = {"train_loss": loss_sum / num_images, "train_accuracy": num_right / num_images, "learning_rate": lr}
+            record = {
+                "train_loss": loss_sum / num_images,
+                "train_accuracy": num_right / num_images,
+                "learning_rate": lr,
+            }
             with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
-                options = dict(accelerator=accelerator, progress=signals.check, cache=caches.get("validation"))
+                options = dict(
+                    accelerator=accelerator, progress=signals.check, cache=caches.get("validation")
+                )
                 scores = evaluate_model(raw_model, images["validation"], objective.preprocessing, **options)
                 if not math.isfinite(scores["loss"]):
-                    raise FloatingPointError(f"the validation loss was not finite after step {position.step}: {NOT_FINITE_HELP}")
+                    raise FloatingPointError(
+                        f"the validation loss was not finite after step {position.step}: {NOT_FINITE_HELP}"
+                    )
                 record |= {f"validation_{name}": value for name, value in scores.items()}
                 header |= {"epoch": epoch + 1, "step": position.step, "metrics": scores}
-                is_best = position.best is None or better(scores[args.best_metric], position.best) != position.best
+                is_best = (
+                    position.best is None or better(scores[args.best_metric], position.best) != position.best
+                )
                 stale = 0 if is_best else epoch + 1 - position.best_epoch
                 last = epoch + 1 == args.epochs or (args.early_stop and stale >= args.early_stop)
                 if is_best:
-                    position.best, position.best_epoch, position.best_scores = scores[args.best_metric], epoch + 1, scores
+                    position.best, position.best_epoch, position.best_scores = (
+                        scores[args.best_metric],
+                        epoch + 1,
+                        scores,
+                    )
                 clock = {"train_seconds": time.monotonic() - started}
-                for kind in [kind for kind, due in (("best", is_best), ("final", last)) if due and accelerator.is_main_process]:
+                for kind in [
+                    kind
+                    for kind, due in (("best", is_best), ("final", last))
+                    if due and accelerator.is_main_process
+                ]:
                     checkpoint.save_checkpoint(paths[kind], raw_model.state_dict(), header, clock)
             tracker.histograms(raw_model, position.step)
             tracker.record("epoch", step=position.step, epoch=epoch + 1, **record)
             train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
             validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
-            progress.say(f"epoch {epoch + 1}/{args.epochs}  step {position.step:,}  lr {lr:.2e}  {train_text}  {validation_text}")
+            progress.say(
+                f"epoch {epoch + 1}/{args.epochs}  step {position.step:,}  lr {lr:.2e}  {train_text}  {validation_text}"
+            )
             if last:
                 position.finished = True
                 break
@@ -325,7 +493,9 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
         if position.test is None:
             accelerator.wait_for_everyone()  # for the main one to have written the best checkpoint
             if "test" in images:
-                best_model = accelerator.prepare_model(checkpoint.load_model(paths["best"])[0], evaluation_mode=True)
+                best_model = accelerator.prepare_model(
+                    checkpoint.load_model(paths["best"])[0], evaluation_mode=True
+                )
                 options = dict(accelerator=accelerator, progress=signals.check, cache=caches.get("test"))
                 position.test = evaluate_model(best_model, images["test"], objective.preprocessing, **options)
                 scores = {f"test_{name}": value for name, value in position.test.items()}
@@ -337,10 +507,23 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     print(f"Trained {position.step:,} steps in {seconds:.0f} s. {best_text}", flush=True)
     if position.test:
         test = position.test
-        print(f"test accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} ({len(images['test']):,} images)")
-    print(f"Checkpoints {paths['best']} and {paths['final']}; curves: tensorboard --logdir {args.output_dir / 'runs'}")
-    result = {"run": run, "best_epoch": position.best_epoch, "steps": position.step, "validation": position.best_scores}
-    return result | {f"{kind}_checkpoint": str(path) for kind, path in paths.items()} | ({"test": position.test} if position.test else {})
+        print(
+            f"test accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} ({len(images['test']):,} images)"
+        )
+    print(
+        f"Checkpoints {paths['best']} and {paths['final']}; curves: tensorboard --logdir {args.output_dir / 'runs'}"
+    )
+    result = {
+        "run": run,
+        "best_epoch": position.best_epoch,
+        "steps": position.step,
+        "validation": position.best_scores,
+    }
+    return (
+        result
+        | {f"{kind}_checkpoint": str(path) for kind, path in paths.items()}
+        | ({"test": position.test} if position.test else {})
+    )
 
 
 def stop_if_bad(accelerator, first_bad: torch.Tensor) -> None:
@@ -354,7 +537,7 @@ def train_model(**options: Any) -> dict[str, Any]:
     """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2). Options are the flags, with underscores.
 
     Gives run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and, where there is one, test;
-    with sanity_check=True passed, accuracy, loss, steps. ValueError: what the command would refuse.
+    with sanity_check=True passed, accuracy, loss, steps. UserError: what the command would refuse.
     """
     return run_training(build_parser().parse_options(options))
 

@@ -35,7 +35,9 @@ def make_cgroup(limit: int) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gigabytes", type=float, default=3.0, help="of the store")
     parser.add_argument("--limit", type=float, default=1.2, help="gigabytes that the process may use")
     args = parser.parse_args()
@@ -45,18 +47,30 @@ def main() -> None:
         for i in range(count):
             path = Path(folder, "images", "train", "ab"[i % 2], f"{i}.jpg")
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE)).save(path, quality=50)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE)).save(
+                path, quality=50
+            )
         cgroup, peak = make_cgroup(int(args.limit * 1e9))
         flags = f"--model cnn_small --dataset {folder}/images --image-size 32 --epochs 2 --val-fraction 0.02 --output-dir {folder}"
         join = ["sh", "-c", f'echo $$ > {cgroup}/cgroup.procs; exec "$@"', "sh"]
         env = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
         try:
             started = time.time()
-            done = subprocess.run([*join, sys.executable, ROOT / "train.py", *flags.split()], env=env, capture_output=True, text=True)
+            done = subprocess.run(
+                [*join, sys.executable, ROOT / "train.py", *flags.split()],
+                env=env,
+                capture_output=True,
+                text=True,
+            )
             store = sum(path.stat().st_size for path in Path(folder, "cache").rglob("pixels"))
-            print(f"{count:,} images, a store of {store / 1e9:.2f} GB, a limit of {args.limit} GB: exit status {done.returncode}")
+            print(
+                f"{count:,} images, a store of {store / 1e9:.2f} GB, a limit of {args.limit} GB: exit status {done.returncode}"
+            )
             print(f"{time.time() - started:.0f} s, peak with page cache {int(peak.read_text()) / 1e9:.2f} GB")
-            print("\n".join(re.findall(r"^(?:epoch|Trained).*", done.stdout, re.MULTILINE)) or done.stderr[-2000:])
+            print(
+                "\n".join(re.findall(r"^(?:epoch|Trained).*", done.stdout, re.MULTILINE))
+                or done.stderr[-2000:]
+            )
         finally:
             cgroup.rmdir()
 

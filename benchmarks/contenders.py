@@ -54,7 +54,15 @@ def report(stamps: list[float], batch: int, skip: int) -> None:
     """stamps: when each step began, and when the last one ended."""
     seconds = stamps[-1] - stamps[skip]
     rate = batch * (len(stamps) - 1 - skip) / seconds
-    print(json.dumps({"images_per_second": rate, "first_step_after": stamps[0] - STARTED, "epoch_after": stamps[-1] - STARTED}))
+    print(
+        json.dumps(
+            {
+                "images_per_second": rate,
+                "first_step_after": stamps[0] - STARTED,
+                "epoch_after": stamps[-1] - STARTED,
+            }
+        )
+    )
 
 
 def ours(work: str, args: argparse.Namespace) -> list[float]:
@@ -74,10 +82,27 @@ def ours(work: str, args: argparse.Namespace) -> list[float]:
 
     train.train_step = timed_step
     setting = WORKS[work]
-    flags = f"--model {work} --weights none --epochs {args.epochs} --limit-eval 100 --val-fraction 0.01".split()
-    flags += [] if work == "vit" else ["--recipe", "reference"]  # the default has the number of views that is measured
-    flags += ["--dataset", str(args.data), "--limit-train", str(args.num_images), "--batch-size", str(setting["batch"])]
-    flags += ["--image-size", str(setting["size"]), "--augment", setting["augment"], *(["--mixed-precision", "bf16"] if args.bf16 else [])]
+    flags = (
+        f"--model {work} --weights none --epochs {args.epochs} --limit-eval 100 --val-fraction 0.01".split()
+    )
+    flags += (
+        [] if work == "vit" else ["--recipe", "reference"]
+    )  # the default has the number of views that is measured
+    flags += [
+        "--dataset",
+        str(args.data),
+        "--limit-train",
+        str(args.num_images),
+        "--batch-size",
+        str(setting["batch"]),
+    ]
+    flags += [
+        "--image-size",
+        str(setting["size"]),
+        "--augment",
+        setting["augment"],
+        *(["--mixed-precision", "bf16"] if args.bf16 else []),
+    ]
     with tempfile.TemporaryDirectory() as own:
         sys.stdout, stdout = sys.stderr, sys.stdout
         train.main([*flags, "--output-dir", os.environ.get("BENCHMARK_OUTPUT", own)])
@@ -93,15 +118,27 @@ def plain_model(work: str):
     from torch import nn
 
     def block(inputs: int, outputs: int, norm: bool) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1), *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU(), nn.MaxPool2d(2)]
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1),
+            *([nn.BatchNorm2d(outputs)] if norm else []),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ]
 
     class ViT(nn.Module):
         def __init__(self):
             super().__init__()
             self.patches = nn.Conv2d(3, 128, 4, stride=4)
-            self.token, self.positions = nn.Parameter(torch.randn(1, 1, 128)), nn.Parameter(torch.randn(1, 65, 128))
-            self.attention = nn.ModuleList(nn.MultiheadAttention(128, 4, dropout=0.1, batch_first=True) for _ in range(6))
-            self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)) for _ in range(6))
+            self.token, self.positions = (
+                nn.Parameter(torch.randn(1, 1, 128)),
+                nn.Parameter(torch.randn(1, 65, 128)),
+            )
+            self.attention = nn.ModuleList(
+                nn.MultiheadAttention(128, 4, dropout=0.1, batch_first=True) for _ in range(6)
+            )
+            self.mlps = nn.ModuleList(
+                nn.Sequential(nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)) for _ in range(6)
+            )
             self.norms = nn.ModuleList(nn.LayerNorm(128) for _ in range(13))
             self.head = nn.Linear(128, 10)
 
@@ -126,7 +163,14 @@ def plain_model(work: str):
         head = [nn.Flatten(), nn.Linear(4096, 128), nn.ReLU(), nn.Linear(128, 10)]
         return nn.Sequential(*block(3, 32, False), *block(32, 64, False), *head)
     if work == "cnn":
-        head = [nn.AdaptiveAvgPool2d(7), nn.Flatten(), nn.Linear(12544, 512), nn.ReLU(), nn.Dropout(0.5), nn.Linear(512, 10)]
+        head = [
+            nn.AdaptiveAvgPool2d(7),
+            nn.Flatten(),
+            nn.Linear(12544, 512),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+            nn.Linear(512, 10),
+        ]
         return nn.Sequential(*block(3, 64, True), *block(64, 128, True), *block(128, 256, True), *head)
     if work == "vit_scratch":
         return ViT()
@@ -144,7 +188,11 @@ def plain_loader(work: str, args: argparse.Namespace, num_workers: int):
 
     size, augment = WORKS[work]["size"], WORKS[work]["augment"]
     if augment == "light":
-        changes = [T.RandomResizedCrop(size, scale=(0.8, 1.0)), T.RandomHorizontalFlip(), T.ColorJitter(0.2, 0.2, 0.2)]
+        changes = [
+            T.RandomResizedCrop(size, scale=(0.8, 1.0)),
+            T.RandomHorizontalFlip(),
+            T.ColorJitter(0.2, 0.2, 0.2),
+        ]
     else:
         changes = [T.Resize((size, size))] if size != 32 else []
     transform = T.Compose([*changes, T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)])
@@ -158,7 +206,9 @@ def plain_loader(work: str, args: argparse.Namespace, num_workers: int):
             row = rows[i]
             return transform(row["img"].convert("RGB")), row["label"]
 
-    return torch.utils.data.DataLoader(Rows(), batch_size=WORKS[work]["batch"], shuffle=True, num_workers=num_workers)
+    return torch.utils.data.DataLoader(
+        Rows(), batch_size=WORKS[work]["batch"], shuffle=True, num_workers=num_workers
+    )
 
 
 def notebook(work: str, args: argparse.Namespace) -> list[float]:
@@ -167,7 +217,11 @@ def notebook(work: str, args: argparse.Namespace) -> list[float]:
     torch.manual_seed(42)
     loader, model, stamps = plain_loader(work, args, 2), plain_model(work), []
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9) if work == "vit" else torch.optim.Adam(parameters, lr=1e-3)
+    optimizer = (
+        torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+        if work == "vit"
+        else torch.optim.Adam(parameters, lr=1e-3)
+    )
     criterion = torch.nn.CrossEntropyLoss()
     model.train()
     running = 0.0
@@ -189,7 +243,9 @@ def cv_example(work: str, args: argparse.Namespace) -> list[float]:
     accelerate.utils.set_seed(42)
     loader, model, stamps = plain_loader(work, args, 4), plain_model(work), []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, epochs=1, steps_per_epoch=len(loader))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1e-3, epochs=1, steps_per_epoch=len(loader)
+    )
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     model.train()
     for images, labels in loader:
@@ -214,14 +270,35 @@ def timm(work: str, args: argparse.Namespace) -> list[float]:
                 path = Path(folder, split, f"{rows[i]['label']}", f"{i}.jpg")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(rows[i]["img"]["bytes"])
-        command = [sys.executable, str(args.timm_train), "--data-dir", folder, "--model", *setting["timm"], "--num-classes", "10"]
-        command += ["--img-size", str(setting["size"]), "-b", str(setting["batch"]), "--epochs", "1", "--warmup-epochs", "0"]
-        command += (
-            f"--sched step --decay-epochs 9 --opt adamw --lr 1e-3 --no-aug -j 2 --device cpu --log-interval 1 --output {folder}/out".split()
-        )
+        command = [
+            sys.executable,
+            str(args.timm_train),
+            "--data-dir",
+            folder,
+            "--model",
+            *setting["timm"],
+            "--num-classes",
+            "10",
+        ]
+        command += [
+            "--img-size",
+            str(setting["size"]),
+            "-b",
+            str(setting["batch"]),
+            "--epochs",
+            "1",
+            "--warmup-epochs",
+            "0",
+        ]
+        command += f"--sched step --decay-epochs 9 --opt adamw --lr 1e-3 --no-aug -j 2 --device cpu --log-interval 1 --output {folder}/out".split()
         command += ["--amp", "--amp-dtype", "bfloat16", "--channels-last"] if args.bf16 else []
         began = time.time()
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(args.timm_train.parent)})
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(args.timm_train.parent)},
+        )
     steps = [float(text) for text in re.findall(r"Time: ([\d.]+)s,", done.stdout + done.stderr)]
     if done.returncode or not steps:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -235,20 +312,34 @@ CONTENDERS = {"ours": ours, "notebook": notebook, "cv_example": cv_example, "tim
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("work", choices=WORKS)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--num-images", type=int, required=True)
-    parser.add_argument("--skip", type=int, default=2, help="first steps that the rate leaves out (default: 2)")
+    parser.add_argument(
+        "--skip", type=int, default=2, help="first steps that the rate leaves out (default: 2)"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="ours only (default: 1)")
     parser.add_argument("--bf16", action="store_true", help="ours, cv_example and timm")
     parser.add_argument("--timm-train", type=Path, help="train.py of a checkout of pytorch-image-models")
-    parser.add_argument("--processes", type=int, default=1, help="ours only: so many, of one thread each if more than one")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="ours only: so many, of one thread each if more than one"
+    )
     args = parser.parse_args()
     if args.processes > 1:
         again = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given(args)]
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(args.processes), __file__, args.contender, args.work]
+        launch = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(args.processes),
+            __file__,
+            args.contender,
+            args.work,
+        ]
         with tempfile.TemporaryDirectory() as shared:
             env = {**os.environ, "OMP_NUM_THREADS": "1", "BENCHMARK_OUTPUT": shared}
             sys.exit(subprocess.run([sys.executable, *launch, *again], env=env).returncode)
@@ -260,7 +351,11 @@ def main() -> None:
 def given(args: argparse.Namespace) -> list[tuple[str, object]]:
     """The flags to repeat for each process."""
     left_out = ("contender", "work", "processes")
-    return [(name.replace("_", "-"), value) for name, value in vars(args).items() if name not in left_out and value]
+    return [
+        (name.replace("_", "-"), value)
+        for name, value in vars(args).items()
+        if name not in left_out and value
+    ]
 
 
 if __name__ == "__main__":

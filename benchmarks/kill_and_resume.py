@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_resume import assert_no_step_twice, assert_same_outcome  # noqa: E402
 
-from modeling.checkpoint import read_header  # noqa: E402
+from modeling.run.checkpoint import read_header
 
 RUN = "--model cnn_small --limit-train 2000 --limit-eval 1000 --batch-size 50 --epochs 3 --checkpoint-every 5 --head-dropout 0.5 --ema 0.9"
 RUN += " --augment standard --mixup 0.4 --gradient-accumulation-steps 2"
@@ -36,7 +36,14 @@ def start(processes: int, precision: str, dataset: str, folder: Path, *flags: st
     launch = [sys.executable]
     if processes > 1:
         config = ROOT / "accelerate_configs" / "multi_cpu.yaml"
-        launch = [str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(config), "--main_process_port", "0"]
+        launch = [
+            str(Path(sys.executable).parent / "accelerate"),
+            "launch",
+            "--config_file",
+            str(config),
+            "--main_process_port",
+            "0",
+        ]
     argv = [
         *launch,
         str(ROOT / "train.py"),
@@ -65,7 +72,9 @@ def end(job: subprocess.Popen) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--dataset", default="digits")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +96,10 @@ def main() -> int:
             time.sleep(moment)
             running = job.poll() is None
             if running:
-                for pid in (*children(job.pid), job.pid):  # the launcher puts its processes in sessions of their own
+                for pid in (
+                    *children(job.pid),
+                    job.pid,
+                ):  # the launcher puts its processes in sessions of their own
                     os.kill(pid, signal.SIGKILL)
             job.communicate()
             states = sorted((folder / "checkpoints").glob("*_state/step_*")) if running else []
@@ -102,7 +114,10 @@ def main() -> int:
                 except AssertionError as error:
                     verdict = f"DIFFERENT {error}"
                 newest = int(states[-1].name[5:13]) if states else 0
-                print(f"kill {hits:2}: {configuration}, {moment:.2f} s into training, resumed after step {newest}: {verdict}", flush=True)
+                print(
+                    f"kill {hits:2}: {configuration}, {moment:.2f} s into training, resumed after step {newest}: {verdict}",
+                    flush=True,
+                )
             shutil.rmtree(folder)
     print(f"{equal} of {hits} runs ended bitwise equal")
     return 0 if equal == hits else 1

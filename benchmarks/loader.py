@@ -14,9 +14,15 @@ from pathlib import Path
 import torch
 from torchvision import transforms as T
 
+from modeling.data.augment import Draws, augment, padded_crop
+from modeling.data.batches import Batch, training_steps
+from modeling.data.images import Images, decode
+from modeling.data.resize import Preprocessing, normalize, resize
+from modeling.data.sources import load_source
+from modeling.run.launch import keep_freed_memory, num_cores
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modeling import cli, data, transforms
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -32,27 +38,29 @@ class Items(torch.utils.data.Dataset):
         return self.transform(self.images[i])
 
 
-def flip_and_padded_crop(batch: data.Batch, prep: transforms.Preprocessing) -> torch.Tensor:
-    draws = transforms.Draws(42, 0, batch.indices)
-    flipped = transforms.resize(batch.images, batch.sizes, prep, flip=draws(0) < 0.5)
-    return transforms.normalize(transforms.padded_crop(flipped, draws), prep)
+def flip_and_padded_crop(batch: Batch, prep: Preprocessing) -> torch.Tensor:
+    draws = Draws(42, 0, batch.indices)
+    flipped = resize(batch.images, batch.sizes, prep, flip=draws(0) < 0.5)
+    return normalize(padded_crop(flipped, draws), prep)
 
 
-def light(batch: data.Batch, prep: transforms.Preprocessing) -> torch.Tensor:
-    return transforms.augment(batch.images, batch.sizes, prep, name="light", seed=42, epoch=0, indices=batch.indices)
+def light(batch: Batch, prep: Preprocessing) -> torch.Tensor:
+    return augment(batch.images, batch.sizes, prep, name="light", seed=42, epoch=0, indices=batch.indices)
 
 
-def ours(images: data.Images, change, size: int, batch_size: int) -> float:
-    prep, count, started = transforms.Preprocessing(size, HALF, HALF), 0, time.perf_counter()
-    for (batch,) in data.training_steps(images, seed=42, epoch=0, batch_size=batch_size):
+def ours(images: Images, change, size: int, batch_size: int) -> float:
+    prep, count, started = Preprocessing(size, HALF, HALF), 0, time.perf_counter()
+    for (batch,) in training_steps(images, seed=42, epoch=0, batch_size=batch_size):
         count += len(change(batch, prep))
     return count / (time.perf_counter() - started)
 
 
 def torchvisions(images: list, changes: list, batch_size: int) -> float:
     transform = T.Compose([*changes, T.ToTensor(), T.Normalize(HALF, HALF)])
-    loader = iter(torch.utils.data.DataLoader(Items(images, transform), batch_size=batch_size, num_workers=cli.num_cores()))
-    for _ in range(2 * cli.num_cores()):
+    loader = iter(
+        torch.utils.data.DataLoader(Items(images, transform), batch_size=batch_size, num_workers=num_cores())
+    )
+    for _ in range(2 * num_cores()):
         next(loader)
     started = time.perf_counter()
     count = sum(len(batch) for batch in loader)
@@ -60,15 +68,17 @@ def torchvisions(images: list, changes: list, batch_size: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
-    cli.keep_freed_memory()
-    torch.set_num_threads(cli.num_cores())
-    source = data.load_source(args.data)
+    keep_freed_memory()
+    torch.set_num_threads(num_cores())
+    source = load_source(args.data)
     rows = torch.arange(len(source.splits["train"]))[:2048]
-    images = data.decode(source, "train", rows, image_size=224, num_threads=cli.num_cores())
+    images = decode(source, "train", rows, image_size=224, num_threads=num_cores())
     images.where, images.sizes, images.labels, images.rows = (
         part.repeat(-(-2048 // len(rows)), *[1] * (part.dim() - 1))[:2048]
         for part in (images.where, images.sizes, images.labels, images.rows)
@@ -78,12 +88,20 @@ def main() -> None:
     works = {
         f"flip, padded crop, {side} px, batch 64": (
             lambda: ours(images, flip_and_padded_crop, side, 64),
-            lambda: torchvisions(pictures, [T.RandomHorizontalFlip(), T.RandomCrop(side, padding=padding)], 64),
+            lambda: torchvisions(
+                pictures, [T.RandomHorizontalFlip(), T.RandomCrop(side, padding=padding)], 64
+            ),
         ),
         "RandomResizedCrop to 224 px, flip, jitter, batch 32": (
             lambda: ours(images, light, 224, 32),
             lambda: torchvisions(
-                pictures, [T.RandomResizedCrop(224, scale=(0.8, 1.0)), T.RandomHorizontalFlip(), T.ColorJitter(0.2, 0.2, 0.2)], 32
+                pictures,
+                [
+                    T.RandomResizedCrop(224, scale=(0.8, 1.0)),
+                    T.RandomHorizontalFlip(),
+                    T.ColorJitter(0.2, 0.2, 0.2),
+                ],
+                32,
             ),
         ),
     }

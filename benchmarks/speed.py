@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from modeling import models, profiling, recipes
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 CONTENDERS = ROOT / "benchmarks" / "contenders.py"
@@ -34,13 +36,27 @@ PEERS = {
 }
 
 
-def contender(name: str, work: str, args: argparse.Namespace, *flags: object, cache: str | None = None, env: dict | None = None) -> dict:
+def contender(
+    name: str,
+    work: str,
+    args: argparse.Namespace,
+    *flags: object,
+    cache: str | None = None,
+    env: dict | None = None,
+) -> dict:
     """One run of contenders.py with a cache of its own: what it printed, and the seconds of the whole process."""
     with tempfile.TemporaryDirectory() as empty:
-        environment = {**os.environ, "HF_DATASETS_CACHE": cache or empty, "BENCHMARK_STARTED": str(time.time()), **(env or {})}
+        environment = {
+            **os.environ,
+            "HF_DATASETS_CACHE": cache or empty,
+            "BENCHMARK_STARTED": str(time.time()),
+            **(env or {}),
+        }
         command = [sys.executable, CONTENDERS, name, work, "--data", args.data, *flags]
         started = time.time()
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env=environment
+        )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "whole": time.time() - started}
@@ -67,15 +83,19 @@ def training_flops(work: str) -> float:
     """Of an image: the forward pass, and twice that backward."""
     from contenders import WORKS
 
-    from modeling import models, profiling, recipes
-
     size = WORKS[work]["size"]
-    model_args = models.model_arguments(work, recipes.get_recipe(work, size), image_size=size, patch_size=None, head_dropout=None)
-    return 3 * profiling.forward_flops(models.build_model(work, num_classes=10, image_size=size, **model_args), size)
+    model_args = models.model_arguments(
+        work, recipes.get_recipe(work, size), image_size=size, patch_size=None, head_dropout=None
+    )
+    return 3 * profiling.forward_flops(
+        models.build_model(work, num_classes=10, image_size=size, **model_args), size
+    )
 
 
 def peers(args: argparse.Namespace) -> None:
-    print("| work | contender | images/s (runs) | ours / it | epoch from a cold start | share of the matrix rate |")
+    print(
+        "| work | contender | images/s (runs) | ours / it | epoch from a cold start | share of the matrix rate |"
+    )
     print("|---|---|---|---|---|---|")
     for work in args.works or PEERS:
         num_images, skip, names = PEERS[work]
@@ -97,9 +117,17 @@ def peers(args: argparse.Namespace) -> None:
             rate = median(runs[name], "images_per_second")
             each = ", ".join(f"{run['images_per_second']:.4g}" for run in runs[name])
             ratio = "" if name == "ours" else f"{median(runs['ours'], 'images_per_second') / rate:.2f}"
-            share = f"{rate * training_flops(work) / statistics.median(rates):.0%}" if name == "ours" and work != "vit" else ""
+            share = (
+                f"{rate * training_flops(work) / statistics.median(rates):.0%}"
+                if name == "ours" and work != "vit"
+                else ""
+            )
             epoch = f"{median(runs[name], 'epoch_after'):.1f} s for {num_images:,} images"
-            epoch = f"20 epochs of 2,000: {median(runs[name], 'whole'):.0f} s" if name == "ours" and work == "vit" else epoch
+            epoch = (
+                f"20 epochs of 2,000: {median(runs[name], 'whole'):.0f} s"
+                if name == "ours" and work == "vit"
+                else epoch
+            )
             print(f"| {work} | {name} | {rate:.4g} ({each}) | {ratio} | {epoch} | {share} |", flush=True)
 
 
@@ -109,11 +137,16 @@ def scale(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for _ in range(args.repeats):
             for count in counts:
-                run = contender("ours", "cnn_small", args, "--num-images", count, "--skip", 0, "--bf16", cache=cache)
+                run = contender(
+                    "ours", "cnn_small", args, "--num-images", count, "--skip", 0, "--bf16", cache=cache
+                )
                 seconds.setdefault(count, []).append(run["epoch_after"] - run["first_step_after"])
         first = statistics.median(seconds[counts[0]])
         for count in counts:
-            print(f"| {count:,} | {statistics.median(seconds[count]):.2f} | {statistics.median(seconds[count]) / first:.2f} |", flush=True)
+            print(
+                f"| {count:,} | {statistics.median(seconds[count]):.2f} | {statistics.median(seconds[count]) / first:.2f} |",
+                flush=True,
+            )
 
 
 def processes(args: argparse.Namespace) -> None:
@@ -124,7 +157,9 @@ def processes(args: argparse.Namespace) -> None:
             for _ in range(args.repeats):
                 for number in rates:
                     flags = ["--num-images", count, "--skip", 5, "--bf16", "--processes", number]
-                    rates[number].append(contender("ours", work, args, *flags, cache=cache)["images_per_second"])
+                    rates[number].append(
+                        contender("ours", work, args, *flags, cache=cache)["images_per_second"]
+                    )
             one, two = (statistics.median(rates[n]) for n in (1, 2))
             print(f"| {work} | {one:.4g} | {two:.4g} | {two / one:.2f} |", flush=True)
 
@@ -132,22 +167,34 @@ def processes(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as cache:
         seconds = [
-            contender("ours", "cnn_small", args, "--num-images", 45000, "--bf16", cache=cache)["first_step_after"]
+            contender("ours", "cnn_small", args, "--num-images", 45000, "--bf16", cache=cache)[
+                "first_step_after"
+            ]
             for _ in range(args.repeats + 1)
         ]
     warm = statistics.median(seconds[1:])
-    print(f"first step of cnn_small on 45,000 images: {seconds[0]:.1f} s with an empty cache, {warm:.1f} s after that")
+    print(
+        f"first step of cnn_small on 45,000 images: {seconds[0]:.1f} s with an empty cache, {warm:.1f} s after that"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("peers", "scale", "processes", "start"))
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--timm-train", type=Path, help="train.py of a checkout of pytorch-image-models; without it timm is left out")
+    parser.add_argument(
+        "--timm-train",
+        type=Path,
+        help="train.py of a checkout of pytorch-image-models; without it timm is left out",
+    )
     parser.add_argument("--works", nargs="+", choices=PEERS, help="of peers (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     machine = f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix product {matrix_rate() / 1e12:.2f} TFLOP/s"
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit}, {machine}")
     {"peers": peers, "scale": scale, "processes": processes, "start": start}[args.what](args)

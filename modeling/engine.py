@@ -11,14 +11,17 @@ from accelerate.utils import broadcast
 from torch import nn
 from torch.nn import functional as F
 
-from modeling import data, metrics, randomness, transforms
-from modeling.data import Batch, Images
+from modeling import metrics, randomness
+from modeling.data.augment import augment, mix
+from modeling.data.batches import Batch, training_steps
+from modeling.data.images import Images
+from modeling.data.resize import Preprocessing, preprocess
+from modeling.errors import UserError
 from modeling.features import FeatureCache
-from modeling.transforms import Preprocessing
 
 
 @dataclass(frozen=True)
-class Objective:
+class StepSettings:
     """What a step does to a batch besides the model: augmentation, mixing, label smoothing, clipping (0 turns each off), the seed."""
 
     preprocessing: Preprocessing
@@ -34,14 +37,6 @@ class Objective:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """adam, adamw or sgd (momentum 0.9) over the parameters that train."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, lr=lr, weight_decay=weight_decay, fused=True)
-
-
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
@@ -52,7 +47,7 @@ def train_step(
     step: int,
     lr: float,
     num_images: int,
-    objective: Objective,
+    objective: StepSettings,
     cache: FeatureCache | None = None,
 ) -> torch.Tensor:
     """One update from this process's micro-batches of a global batch of `num_images`.
@@ -79,11 +74,14 @@ def train_step(
                 x, targets = make_inputs(batch, epoch=epoch, step=step, objective=objective)
             logits = forward(model, x)
             losses = sum(
-                weight * F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.label_smoothing)
+                weight
+                * F.cross_entropy(logits, labels, reduction="none", label_smoothing=objective.label_smoothing)
                 for weight, labels in targets
             )
             loss_sum = (losses * batch.weights).sum()
-            accelerator.backward(loss_sum * (accelerator.num_processes / num_images))  # DDP averages over processes
+            accelerator.backward(
+                loss_sum * (accelerator.num_processes / num_images)
+            )  # DDP averages over processes
         labels = max(targets, key=lambda target: target[0])[1]
         correct = ((logits.argmax(dim=1) == labels) * batch.weights).sum()
         totals += torch.stack([loss_sum.detach(), correct])
@@ -94,7 +92,14 @@ def train_step(
 
 
 def complete_view(
-    accelerator: Accelerator, cache: FeatureCache, images: Images, epoch: int, objective: Objective, *, batch_size: int, accumulation: int
+    accelerator: Accelerator,
+    cache: FeatureCache,
+    images: Images,
+    epoch: int,
+    objective: StepSettings,
+    *,
+    batch_size: int,
+    accumulation: int,
 ) -> bool:
     """Whether the cache has every feature of the view that an epoch sees.
 
@@ -104,73 +109,50 @@ def complete_view(
     view, ranks = cache.view(epoch), accelerator.num_processes
     complete = cache.is_complete(f"view_{view}")
     for turn in range(ranks if epoch > view and not complete else 0):
-        share = dict(rank=(accelerator.process_index + turn) % ranks, world_size=ranks, accumulation=accumulation)
-        for micro_batches in data.training_steps(images, seed=objective.seed, epoch=view, batch_size=batch_size, **share):
+        share = dict(
+            rank=(accelerator.process_index + turn) % ranks, world_size=ranks, accumulation=accumulation
+        )
+        for micro_batches in training_steps(
+            images, seed=objective.seed, epoch=view, batch_size=batch_size, **share
+        ):
             for batch in micro_batches:
-                make_input = functools.partial(augmented, batch.to(accelerator.device), epoch=view, objective=objective)
+                make_input = functools.partial(
+                    augmented, batch.to(accelerator.device), epoch=view, objective=objective
+                )
                 cache.get(f"view_{view}", batch.indices, batch.weights, make_input)
         complete = True
     return complete
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The model's logits. ValueError: a batch normalisation that is left with one number a channel."""
+    """The model's logits. UserError: a batch normalisation that is left with one number a channel."""
     try:
         return model(x)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise ValueError(
+        raise UserError(
             f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: use another --batch-size, so that no batch or "
             "micro-batch has one image, or a larger --image-size"
         ) from error
 
 
-def augmented(batch: Batch, *, epoch: int, objective: Objective) -> torch.Tensor:
+def augmented(batch: Batch, *, epoch: int, objective: StepSettings) -> torch.Tensor:
     """The images of a batch as training sees them: (U, 3, S, S) float32."""
     how = dict(name=objective.augment, seed=objective.seed, epoch=epoch, indices=batch.indices)
-    return transforms.augment(batch.images, batch.sizes, objective.preprocessing, **how)
+    return augment(batch.images, batch.sizes, objective.preprocessing, **how)
 
 
-def make_inputs(batch: Batch, *, epoch: int, step: int, objective: Objective) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
+def make_inputs(
+    batch: Batch, *, epoch: int, step: int, objective: StepSettings
+) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
     """The model's input (B, 3, S, S) float32, and the labels (B,) with their weights: one, or two where the batch mixes."""
     x = augmented(batch, epoch=epoch, objective=objective)
     if batch.own is None:
         return x, [(1.0, batch.labels)]
     keys = (objective.seed, randomness.MIX, step)
-    x, weight = transforms.mix(x, batch.own, batch.partner, mixup=objective.mixup, cutmix=objective.cutmix, keys=keys)
+    x, weight = mix(x, batch.own, batch.partner, mixup=objective.mixup, cutmix=objective.cutmix, keys=keys)
     return x, [(weight, batch.labels[batch.own]), (1 - weight, batch.labels[batch.partner])]
-
-
-class Ema:
-    """An exponential moving average of weights and buffers (Polyak & Juditsky, 1992).
-
-    After update t it keeps min(decay, (1 + t) / (10 + t)) of itself, so that a short run does not average its start.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        self.updates += 1
-        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value, 1 - keep)
-            else:
-                self.average[name].copy_(value)
-
-    @contextlib.contextmanager
-    def swapped_in(self, model: nn.Module):
-        """The model has the averaged weights inside this block, its own again after it."""
-        own = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(self.average)
-        try:
-            yield
-        finally:
-            model.load_state_dict(own)
 
 
 @dataclass
@@ -184,7 +166,7 @@ class Predictions:
     losses: torch.Tensor
 
 
-def settle(accelerator: Accelerator, model: nn.Module, image_size: int) -> None:
+def fix_ddp_bucket_order(accelerator: Accelerator, model: nn.Module, image_size: int) -> None:
     """Let DDP order its buckets now, and not after the first step: a run resumed there would add up in another order."""
     if accelerator.num_processes > 1:
         model.eval()
@@ -215,7 +197,9 @@ def predict(
     was_training = model.training
     model.eval()
     for buffer in model.buffers() if world_size > 1 else ():
-        buffer.copy_(broadcast(buffer.clone()))  # each process counted its own images in batch normalisation: the main one's serve
+        buffer.copy_(
+            broadcast(buffer.clone())
+        )  # each process counted its own images in batch normalisation: the main one's serve
     batches = torch.arange(len(images)).split(batch_size)
     logits, positions = [], []
     for start in range(0, len(batches), world_size):
@@ -231,16 +215,24 @@ def predict(
     model.train(was_training)
     everything = _gather_in_order(accelerator, logits, positions, len(images), len(images.classes)).cpu()
     losses = F.cross_entropy(everything, images.labels, reduction="none")
-    return Predictions(images.rows, images.labels, everything.argmax(dim=1), everything.softmax(dim=1), losses)
+    return Predictions(
+        images.rows, images.labels, everything.argmax(dim=1), everything.softmax(dim=1), losses
+    )
 
 
-def _eval_input(images: Images, positions: torch.Tensor, preprocessing: Preprocessing, device: torch.device) -> torch.Tensor:
+def _eval_input(
+    images: Images, positions: torch.Tensor, preprocessing: Preprocessing, device: torch.device
+) -> torch.Tensor:
     pixels, sizes = images.gather(positions)
-    return transforms.preprocess(pixels.to(device), sizes, preprocessing)
+    return preprocess(pixels.to(device), sizes, preprocessing)
 
 
 def _gather_in_order(
-    accelerator: Accelerator | None, logits: list[torch.Tensor], positions: list[torch.Tensor], num_images: int, num_classes: int
+    accelerator: Accelerator | None,
+    logits: list[torch.Tensor],
+    positions: list[torch.Tensor],
+    num_images: int,
+    num_classes: int,
 ) -> torch.Tensor:
     """All processes' logits (N, C) at their positions. Each sends as many rows; those that fill up have the position -1."""
     if accelerator is None or accelerator.num_processes == 1:

@@ -11,7 +11,11 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import WeakFileLock, _http
 from tqdm import tqdm
 
-ANSWER_SECONDS = 5  # a request without an answer for so long has failed; HF_HUB_DOWNLOAD_TIMEOUT decides otherwise
+from modeling.errors import UserError
+
+ANSWER_SECONDS = (
+    5  # a request without an answer for so long has failed; HF_HUB_DOWNLOAD_TIMEOUT decides otherwise
+)
 QUIET_ANSWERS = 5  # when for so many times that there was no answer, this process goes offline
 RETRY_WAITS = (1, 2, 4)  # seconds
 WAYS_OUT = {
@@ -21,22 +25,26 @@ WAYS_OUT = {
 _heard = 0.0  # when the hub last answered
 
 
-def download(repo_id: str, *, repo_type: str, revision: str | None = None, files: list[str] | None = None) -> Path:
+def download(
+    repo_id: str, *, repo_type: str, revision: str | None = None, files: list[str] | None = None
+) -> Path:
     """The folder of a repository's files (all, or those of the patterns) at one commit, whose hash is the folder's name.
 
     repo_type: "dataset" or "model"; revision: a branch, tag or commit, by default main. What is cached is not fetched again; with
     the hub gone, or HF_HUB_OFFLINE set, the cache answers alone. Of several processes one downloads and the others wait for its
-    lock, outside of any collective. ValueError: it cannot be had, with the reason and the ways out.
+    lock, outside of any collective. UserError: it cannot be had, with the reason and the ways out.
     """
     options = dict(repo_type=repo_type, revision=revision, allow_patterns=files)
     error: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
         _be_impatient()
         try:
-            with WeakFileLock(Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"):
+            with WeakFileLock(
+                Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
+            ):
                 return Path(_with_retries(repo_id, **options))
         except errors.HFValidationError as failure:
-            raise ValueError(f"{repo_type} {repo_id!r} is no name of the hub, such as owner/name") from failure
+            raise UserError(f"{repo_type} {repo_id!r} is no name of the hub, such as owner/name") from failure
         except (httpx2.HTTPError, OSError) as failure:
             error = failure
     try:
@@ -45,14 +53,22 @@ def download(repo_id: str, *, repo_type: str, revision: str | None = None, files
         if getattr(error, "errno", None):  # the disk's, not the hub's
             raise error from None
         name = f"{repo_type} {repo_id}{f'@{revision}' if revision else ''}"
-        network = "check the network and HF_TOKEN, set HF_HUB_OFFLINE=1 to use what is cached" if error else "unset it to download"
-        raise ValueError(f"{name} cannot be had from the hub: {_reason(error)}; {network}, or {WAYS_OUT[repo_type]}") from error
+        network = (
+            "check the network and HF_TOKEN, set HF_HUB_OFFLINE=1 to use what is cached"
+            if error
+            else "unset it to download"
+        )
+        raise UserError(
+            f"{name} cannot be had from the hub: {_reason(error)}; {network}, or {WAYS_OUT[repo_type]}"
+        ) from error
 
 
 def _with_retries(repo_id: str, **options) -> str:
     for wait in (*RETRY_WAITS, None):
         try:
-            return huggingface_hub.snapshot_download(repo_id, **options, etag_timeout=_answer_seconds(), tqdm_class=_Bar)
+            return huggingface_hub.snapshot_download(
+                repo_id, **options, etag_timeout=_answer_seconds(), tqdm_class=_Bar
+            )
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
         except (httpx2.TimeoutException, httpx2.RemoteProtocolError):
@@ -106,7 +122,13 @@ class _Bar(tqdm):
 
     def __init__(self, *args, **kwargs):
         of_bytes = str(kwargs.get("desc")).startswith("Reconstructing")
-        kwargs |= dict(disable=not (of_bytes and sys.stderr.isatty()), bar_format=None, desc="downloading", delay=1, dynamic_ncols=True)
+        kwargs |= dict(
+            disable=not (of_bytes and sys.stderr.isatty()),
+            bar_format=None,
+            desc="downloading",
+            delay=1,
+            dynamic_ncols=True,
+        )
         super().__init__(*args, **kwargs)
 
     def update(self, n: float | None = 1) -> None:
@@ -126,7 +148,9 @@ def _reason(error: Exception | None) -> str:
         return "it has no such revision"
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
-        return f"the hub answered {status}" + (", so there is none of that name, or it needs a token" if status in (401, 403, 404) else "")
+        return f"the hub answered {status}" + (
+            ", so there is none of that name, or it needs a token" if status in (401, 403, 404) else ""
+        )
     if isinstance(cause, (httpx2.TimeoutException, errors.OfflineModeIsEnabled)):
         return "the hub does not answer"
     if isinstance(cause, httpx2.ConnectError):

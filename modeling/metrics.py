@@ -11,7 +11,10 @@ import evaluate
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
 _CACHE = tempfile.TemporaryDirectory()  # evaluate makes a folder even for what it keeps in memory
 _PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-_PROBABILITIES = {"probabilities": datasets.Sequence(datasets.Value("float32")), "references": datasets.Value("int64")}
+_PROBABILITIES = {
+    "probabilities": datasets.Sequence(datasets.Value("float32")),
+    "references": datasets.Value("int64"),
+}
 
 
 class _Metric(evaluate.Metric):
@@ -23,7 +26,9 @@ class _Metric(evaluate.Metric):
         super().__init__(keep_in_memory=True, cache_dir=_CACHE.name)
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description=self.__doc__, citation="", features=datasets.Features(self.inputs))
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", features=datasets.Features(self.inputs)
+        )
 
 
 class Accuracy(_Metric):
@@ -52,14 +57,20 @@ class Top5Accuracy(_Metric):
         num_classes = probabilities.shape[1]
         if num_classes <= 5:
             return {"top5_accuracy": 1.0}
-        return {"top5_accuracy": float(top_k_accuracy_score(references, probabilities, k=5, labels=np.arange(num_classes)))}
+        return {
+            "top5_accuracy": float(
+                top_k_accuracy_score(references, probabilities, k=5, labels=np.arange(num_classes))
+            )
+        }
 
 
 class F1(_Metric):
     """The mean F1 over the classes that are true or predicted: plain (macro), and by the number of images (weighted)."""
 
     def _compute(self, predictions, references):
-        macro, weighted = (f1_score(references, predictions, average=a, zero_division=0) for a in ("macro", "weighted"))
+        macro, weighted = (
+            f1_score(references, predictions, average=a, zero_division=0) for a in ("macro", "weighted")
+        )
         return {"macro_f1": float(macro), "weighted_f1": float(weighted)}
 
 

@@ -16,10 +16,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling import data
-from modeling.checkpoint import atomic_write, write_text
-from modeling.engine import Objective, build_optimizer, make_inputs, train_step
+from modeling.data.batches import Batch, training_steps
+from modeling.data.images import Images
+from modeling.engine import StepSettings, make_inputs, train_step
+from modeling.errors import UserError
+from modeling.files import atomic_write, write_text
 from modeling.models import count_parameters, file_name
+from modeling.optim import build_optimizer
 
 WARMUP_STEPS = 3
 TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
@@ -52,11 +55,13 @@ def forward_flops(model: nn.Module, image_size: int) -> int:
     return counter.get_total_flops()
 
 
-def full_steps(images: data.Images, *, seed: int, batch_size: int, mix: bool) -> Iterator[tuple[int, int, list[data.Batch]]]:
+def full_steps(
+    images: Images, *, seed: int, batch_size: int, mix: bool
+) -> Iterator[tuple[int, int, list[Batch]]]:
     """(step, epoch, micro-batches) without end, only batches of `batch_size`."""
     step = epoch = 0
     while True:
-        for micro_batches in data.training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size, mix=mix):
+        for micro_batches in training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size, mix=mix):
             if len(micro_batches[0].weights) == batch_size:
                 yield step, epoch, micro_batches
                 step += 1
@@ -66,8 +71,8 @@ def full_steps(images: data.Images, *, seed: int, batch_size: int, mix: bool) ->
 def profile_model(
     name: str,
     model: nn.Module,
-    images: data.Images,
-    objective: Objective,
+    images: Images,
+    objective: StepSettings,
     *,
     accelerator: Accelerator | None = None,
     optimizer: str = "adam",
@@ -84,21 +89,35 @@ def profile_model(
     peak memory in MB (10**6 bytes) of all tensors, the images apart: weights, gradients, optimizer, activations; and the share of
     the step that goes by until the batch is gathered, on the device, augmented and normalised, and the model can start.
     With output_dir, writes profiler_trace_{name}.json, for Perfetto or chrome://tracing, and the operator table
-    profiler_stats_{name}.txt. ValueError: fewer images than a batch.
+    profiler_stats_{name}.txt. UserError: fewer images than a batch.
     """
     if len(images) < batch_size:
-        raise ValueError(f"--batch-size {batch_size} is more than the {len(images)} training images: use a smaller one")
+        raise UserError(
+            f"--batch-size {batch_size} is more than the {len(images)} training images: use a smaller one"
+        )
     accelerator = accelerator or Accelerator()
     device = accelerator.device
     raw_model, size = model, objective.preprocessing.image_size
     total, trainable = count_parameters(raw_model)
-    model, optim = accelerator.prepare(raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=weight_decay))
+    model, optim = accelerator.prepare(
+        raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=weight_decay)
+    )
     model.train()
     steps = full_steps(images, seed=objective.seed, batch_size=batch_size, mix=objective.mixes)
 
     def training_step() -> None:
         step, epoch, micro_batches = next(steps)
-        train_step(accelerator, model, optim, micro_batches, epoch=epoch, step=step, lr=lr, num_images=batch_size, objective=objective)
+        train_step(
+            accelerator,
+            model,
+            optim,
+            micro_batches,
+            epoch=epoch,
+            step=step,
+            lr=lr,
+            num_images=batch_size,
+            objective=objective,
+        )
         progress(1)
 
     def data_step() -> None:
@@ -135,7 +154,12 @@ def _seconds(function: Callable[[], None], device: torch.device) -> float:
 
 
 def _trace(
-    name: str, training_step: Callable[[], None], model: nn.Module, optimizer: Any, device: torch.device, folder: Path | None
+    name: str,
+    training_step: Callable[[], None],
+    model: nn.Module,
+    optimizer: Any,
+    device: torch.device,
+    folder: Path | None,
 ) -> int:
     """Trace TRACED_STEPS steps, write what the profiler saw, and give the peak memory in bytes."""
     on_gpu = device.type == "cuda"
@@ -145,20 +169,34 @@ def _trace(
     with profile(activities=activities, profile_memory=True) as profiler:
         for _ in range(TRACED_STEPS):
             training_step()
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else _resident_bytes(model, optimizer) + _peak_of_trace(profiler)
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if on_gpu
+        else _resident_bytes(model, optimizer) + _peak_of_trace(profiler)
+    )
     if folder:
         with atomic_write(folder / f"profiler_trace_{name}.json") as file:
             profiler.export_chrome_trace(file.name)
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         operators = profiler.key_averages().table(sort_by=order, row_limit=40)
-        write_text(folder / f"profiler_stats_{name}.txt", f"{name}: operators of {TRACED_STEPS} training steps\n\n{operators}\n")
+        write_text(
+            folder / f"profiler_stats_{name}.txt",
+            f"{name}: operators of {TRACED_STEPS} training steps\n\n{operators}\n",
+        )
     return peak
 
 
 def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
     """Bytes of the tensors that live through a step: weights, buffers and the optimizer's state."""
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers(), *states])
+    states = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers(), *states]
+    )
 
 
 def _peak_of_trace(profiler: profile) -> int:

@@ -58,15 +58,30 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         std=IMAGENET_STD,
     ),
     # CIFAR-10 notebook: 0.7145 after 10 epochs on all 50,000 images, original files, no validation split.
-    ("cnn_small", "small"): Recipe(optimizer="adam", lr=1e-3, epochs=10, batch_size=64, model_args={**_CNN_SMALL, "hidden": 128}),
+    ("cnn_small", "small"): Recipe(
+        optimizer="adam", lr=1e-3, epochs=10, batch_size=64, model_args={**_CNN_SMALL, "hidden": 128}
+    ),
     # CIFAR-10 notebook, resized to 224: 0.5538 after 5 epochs.
     ("cnn_small", "large"): Recipe(
-        optimizer="adam", lr=1e-3, epochs=5, batch_size=64, augment="randaugment", model_args={**_CNN_SMALL, "hidden": 256}
+        optimizer="adam",
+        lr=1e-3,
+        epochs=5,
+        batch_size=64,
+        augment="randaugment",
+        model_args={**_CNN_SMALL, "hidden": 256},
     ),
     # CIFAR-10 notebook, ImageNet weights, 224 px: 0.8763 after 3 epochs.
     ("resnet18", "any"): Recipe(optimizer="adam", lr=1e-3, epochs=3, batch_size=64),
     # STL-10 notebook: linear probe, 20 epochs, no accuracy published.
-    ("vit", "any"): Recipe(optimizer="sgd", lr=0.01, weight_decay=1e-4, schedule="cosine", epochs=20, batch_size=32, augment="light"),
+    ("vit", "any"): Recipe(
+        optimizer="sgd",
+        lr=0.01,
+        weight_decay=1e-4,
+        schedule="cosine",
+        epochs=20,
+        batch_size=32,
+        augment="light",
+    ),
     # CIFAR-10 notebook, ImageNet weights, 224 px: 0.9223 after 3 epochs. AdamW's own default weight decay.
     ("deit", "any"): Recipe(optimizer="adamw", lr=3e-4, weight_decay=0.01, epochs=3, batch_size=64),
     # CIFAR-10 notebook: 0.6136 after 10 epochs.
@@ -75,7 +90,9 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         lr=1e-3,
         epochs=10,
         batch_size=64,
-        model_args=dict(dim=128, depth=6, num_heads=4, mlp_dim=512, activation="gelu", attention_dropout=0.1, dropout=0.0),
+        model_args=dict(
+            dim=128, depth=6, num_heads=4, mlp_dim=512, activation="gelu", attention_dropout=0.1, dropout=0.0
+        ),
     ),
     # CIFAR-10 notebook, resized to 224: 0.1000 after 5 epochs, for it attended over the batch. Ours attends over the tokens.
     ("vit_scratch", "large"): Recipe(
@@ -84,7 +101,9 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         epochs=5,
         batch_size=64,
         augment="randaugment",
-        model_args=dict(dim=128, depth=4, num_heads=4, mlp_dim=2048, activation="relu", attention_dropout=0.1, dropout=0.1),
+        model_args=dict(
+            dim=128, depth=4, num_heads=4, mlp_dim=2048, activation="relu", attention_dropout=0.1, dropout=0.1
+        ),
     ),
 }
 TUNED: dict[tuple[str, str], Recipe] = {

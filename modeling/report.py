@@ -13,11 +13,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from sklearn.metrics import classification_report, confusion_matrix, precision_recall_fscore_support
 
-from modeling.checkpoint import atomic_write, write_text
 from modeling.engine import Predictions
+from modeling.errors import UserError
+from modeling.files import atomic_write, write_text
 from modeling.metrics import NAMES
 
-CSV_COLUMNS = ("checkpoint", "model", "dataset", "split", "num_samples", *NAMES, "parameters", "trainable_parameters")
+CSV_COLUMNS = (
+    "checkpoint",
+    "model",
+    "dataset",
+    "split",
+    "num_samples",
+    *NAMES,
+    "parameters",
+    "trainable_parameters",
+)
 _NUMBERED_CELLS = 30  # a confusion matrix of more classes shows colours alone
 
 
@@ -55,9 +65,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     cells = [[_cell(column, row[column]) for column in columns] for row in rows]
     headings = [_STYLE.get(column, (column, 4))[0] for column in columns]
     widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(columns))]
-    justify = [str.rjust if any(isinstance(row[column], int | float) for row in rows) else str.ljust for column in columns]
+    justify = [
+        str.rjust if any(isinstance(row[column], int | float) for row in rows) else str.ljust
+        for column in columns
+    ]
     lines = [headings, ["-" * width for width in widths], *cells]
-    return "\n".join("  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def _cell(column: str, value: Any) -> str:
@@ -76,19 +92,19 @@ def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv; none where there is no file. ValueError: the file is something else."""
+    """The rows of a metrics.csv; none where there is no file. UserError: the file is something else."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
     if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
-        raise ValueError(f"{path} is not a metrics.csv of this program: move it away")
+        raise UserError(f"{path} is not a metrics.csv of this program: move it away")
     return rows
 
 
 def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a row per (checkpoint, dataset, split); rows of other evaluations stay. ValueError: the file there is something else."""
+    """Write a row per (checkpoint, dataset, split); rows of other evaluations stay. UserError: the file there is something else."""
 
     def key(row: dict[str, Any]) -> tuple:
         return tuple(row[column] for column in ("checkpoint", "dataset", "split"))
@@ -107,7 +123,12 @@ def report_text(one: Evaluated) -> str:
     numbers = present_classes(one)
     labels = [one.classes[n] for n in numbers]
     return classification_report(
-        one.predictions.labels, one.predictions.predicted, labels=numbers, target_names=labels, digits=4, zero_division=0
+        one.predictions.labels,
+        one.predictions.predicted,
+        labels=numbers,
+        target_names=labels,
+        digits=4,
+        zero_division=0,
     )
 
 
@@ -123,7 +144,9 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
     for row, true, predicted, probabilities in zip(
         p.rows.tolist(), p.labels.tolist(), p.predicted.tolist(), p.probabilities.tolist(), strict=True
     ):
-        writer.writerow([row, one.classes[true], one.classes[predicted], *(f"{value:.6g}" for value in probabilities)])
+        writer.writerow(
+            [row, one.classes[true], one.classes[predicted], *(f"{value:.6g}" for value in probabilities)]
+        )
     write_text(folder / f"predictions_{one.name}.csv", out.getvalue())
     plot_confusion_matrix(folder / f"confusion_matrix_{one.name}.png", one)
 
@@ -142,14 +165,27 @@ def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     names = [name if len(name) <= 30 else name[:29] + "…" for name in one.classes]
     size = 10 if count <= _NUMBERED_CELLS else max(3, 10 * _NUMBERED_CELLS / count)
-    axes.set_xticks(range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False)
+    axes.set_xticks(
+        range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False
+    )
     axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(f"{one.name}: accuracy {one.row['accuracy']:.4f} on {one.row['num_samples']:,} images", parse_math=False)
+    axes.set_title(
+        f"{one.name}: accuracy {one.row['accuracy']:.4f} on {one.row['num_samples']:,} images",
+        parse_math=False,
+    )
     if count <= _NUMBERED_CELLS:
         for (i, j), value in np.ndenumerate(matrix):
             if value:
-                axes.text(j, i, f"{value}", ha="center", va="center", fontsize=8, color="white" if shares[i, j] > 0.5 else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{value}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if shares[i, j] > 0.5 else "black",
+                )
     with atomic_write(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script that no font here has shows as boxes
         figure.savefig(file, format="png")
@@ -175,7 +211,10 @@ def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     if len(where) > 1:
         parts.insert(0, "These models were evaluated on different images: their differences mean little.")
     for one in ranked:
-        parts += [f"{one.name}: {one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}", report_text(one).rstrip()]
+        parts += [
+            f"{one.name}: {one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}",
+            report_text(one).rstrip(),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -191,7 +230,12 @@ def _f1_rows(ranked: Sequence[Evaluated]) -> list[dict[str, Any]]:
     scores: dict[str, dict[str, float]] = {}
     for one in ranked:
         numbers = present_classes(one)
-        f1 = precision_recall_fscore_support(one.predictions.labels, one.predictions.predicted, labels=numbers, zero_division=0)[2]
+        f1 = precision_recall_fscore_support(
+            one.predictions.labels, one.predictions.predicted, labels=numbers, zero_division=0
+        )[2]
         for number, value in zip(numbers, f1, strict=True):
             scores.setdefault(one.classes[number], {})[one.name] = float(value)
-    return [{"class": name, **{one.name: values.get(one.name) for one in ranked}} for name, values in scores.items()]
+    return [
+        {"class": name, **{one.name: values.get(one.name) for one in ranked}}
+        for name, values in scores.items()
+    ]

@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: threads that wait for each other would be slow
+from modeling import cli
+
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # several workers share the cores: threads that wait for each other would be slow
     os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network; those about it start their own process
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # no test may depend on the network; those about it start their own process
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
-
-from modeling import cli  # noqa: E402
 
 
 def load_script(name: str):
@@ -32,7 +36,9 @@ def load_script(name: str):
     return module
 
 
-scripts = SimpleNamespace(**{name: load_script(name) for name in ("train", "evaluate", "profile", "export_data")})
+scripts = SimpleNamespace(
+    **{name: load_script(name) for name in ("train", "evaluate", "profile", "export_data")}
+)
 
 
 def call(script: str, *argv) -> SimpleNamespace:
@@ -46,7 +52,9 @@ def call(script: str, *argv) -> SimpleNamespace:
 def command(*argv, cwd=ROOT, env=None, timeout=200) -> subprocess.CompletedProcess:
     """Run a command as a user would, from a folder."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (env or {})
-    return subprocess.run([str(a) for a in argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [str(a) for a in argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def assert_refused(result, *words: str, statuses=(2,)) -> None:
@@ -69,7 +77,9 @@ def make_image_folder(root: Path, counts: dict[str, dict[str, int]], size=(20, 1
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                pixels = rng.integers(0, 80, (*size, 3)) + np.array([[(number * 60) % 176, (number * 110) % 176, (number * 30) % 176]])
+                pixels = rng.integers(0, 80, (*size, 3)) + np.array(
+                    [[(number * 60) % 176, (number * 110) % 176, (number * 30) % 176]]
+                )
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return root
 
@@ -77,7 +87,9 @@ def make_image_folder(root: Path, counts: dict[str, dict[str, int]], size=(20, 1
 def real_images(name: str) -> Path:
     """A folder of real images. The test is skipped where they are not."""
     if not (DATA / name).is_dir():
-        pytest.skip(f"the real images {name} are not in {DATA}: set IMAGE_DATA to a folder that holds {name}/")
+        pytest.skip(
+            f"the real images {name} are not in {DATA}: set IMAGE_DATA to a folder that holds {name}/"
+        )
     return DATA / name
 
 
@@ -101,7 +113,18 @@ def newest_step(states: Path) -> int:
     return max((int(path.name[5:13]) for path in states.glob("step_*.safetensors")), default=0)
 
 
-TINY = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 96, "--limit-eval", 40, "--batch-size", 32)
+TINY = (
+    "--model",
+    "cnn_small",
+    "--dataset",
+    "digits",
+    "--limit-train",
+    96,
+    "--limit-eval",
+    40,
+    "--batch-size",
+    32,
+)
 
 
 @pytest.fixture(scope="session")

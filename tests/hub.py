@@ -19,11 +19,18 @@ class Repository:
     token: str | None = None
 
     def sha(self, number: int) -> str:
-        names = json.dumps([[name, hashlib.sha1(content).hexdigest()] for name, content in sorted(self.commits[number].items())])
+        names = json.dumps(
+            [
+                [name, hashlib.sha1(content).hexdigest()]
+                for name, content in sorted(self.commits[number].items())
+            ]
+        )
         return hashlib.sha1(names.encode()).hexdigest()
 
     def resolve(self, revision: str) -> int | None:
-        known = {"main": len(self.commits) - 1} | self.tags | {self.sha(n): n for n in range(len(self.commits))}
+        known = (
+            {"main": len(self.commits) - 1} | self.tags | {self.sha(n): n for n in range(len(self.commits))}
+        )
         return known.get(revision)
 
 
@@ -106,18 +113,30 @@ class Hub:
         if not match:
             return self._send(request, 404, b"")
         repository = self.repositories.get(f"{(match[1] or 'models').strip('/')}/{match[2]}")
-        authorised = repository and (not repository.token or request.headers.get("Authorization") == f"Bearer {repository.token}")
+        authorised = repository and (
+            not repository.token or request.headers.get("Authorization") == f"Bearer {repository.token}"
+        )
         if not authorised:
-            return self._send(request, 404 if repository is None else 401, b"", {"X-Error-Code": "RepoNotFound"})
+            return self._send(
+                request, 404 if repository is None else 401, b"", {"X-Error-Code": "RepoNotFound"}
+            )
         number = repository.resolve(match[4] or "main")
         if number is None:
             return self._send(request, 404, b"", {"X-Error-Code": "RevisionNotFound"})
         files, sha = repository.commits[number], repository.sha(number)
         if kind == "api" and match[3] == "tree":
-            entries = [{"type": "file", "path": name, "size": len(content), "oid": _oid(content)} for name, content in files.items()]
+            entries = [
+                {"type": "file", "path": name, "size": len(content), "oid": _oid(content)}
+                for name, content in files.items()
+            ]
             return self._send(request, 200, json.dumps(entries).encode())
         if kind == "api":
-            info = {"_id": "0", "id": match[2], "sha": sha, "siblings": [{"rfilename": name} for name in files]}
+            info = {
+                "_id": "0",
+                "id": match[2],
+                "sha": sha,
+                "siblings": [{"rfilename": name} for name in files],
+            }
             return self._send(request, 200, json.dumps(info).encode())
         headers = {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if match[5] not in files:
@@ -128,15 +147,30 @@ class Hub:
     def _send_file(self, request, content: bytes, headers: dict[str, str], cut: bool) -> None:
         status, start = 200, re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
         if start and int(start[1]):
-            status, headers = 206, headers | {"Content-Range": f"bytes {start[1]}-{len(content) - 1}/{len(content)}"}
+            status, headers = (
+                206,
+                headers | {"Content-Range": f"bytes {start[1]}-{len(content) - 1}/{len(content)}"},
+            )
             content = content[int(start[1]) :]
-        self._send(request, status, content[: len(content) // 2] if cut else content, headers, length=len(content))
+        self._send(
+            request, status, content[: len(content) // 2] if cut else content, headers, length=len(content)
+        )
         if cut:
             request.close_connection = True
 
-    def _send(self, request, status: int, content: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+    def _send(
+        self,
+        request,
+        status: int,
+        content: bytes,
+        headers: dict[str, str] | None = None,
+        length: int | None = None,
+    ) -> None:
         request.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(content) if length is None else length)}.items():
+        for name, value in {
+            **(headers or {}),
+            "Content-Length": str(len(content) if length is None else length),
+        }.items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":

@@ -12,9 +12,20 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 
-from modeling import checkpoint, models
+from modeling import models
+from modeling.files import atomic_write, write_text
+from modeling.run import checkpoint
+from modeling.run.files import move_aside
 
-MODEL = {"name": "cnn_small", "num_classes": 3, "image_size": 8, "channels": [4], "batch_norm": True, "pool": None, "hidden": 5}
+MODEL = {
+    "name": "cnn_small",
+    "num_classes": 3,
+    "image_size": 8,
+    "channels": [4],
+    "batch_norm": True,
+    "pool": None,
+    "hidden": 5,
+}
 
 
 def save(path, model, **header):
@@ -88,10 +99,10 @@ def test_broken_and_foreign_files_are_refused_in_one_line(tmp_path, model):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
-    checkpoint.write_text(path, "old")
+    write_text(path, "old")
 
     def full_disk():
-        with checkpoint.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
             raise OSError(28, "No space left on device")
 
@@ -124,14 +135,19 @@ for i in range(10**6):
 
 
 def test_an_older_run_is_moved_aside_whole(tmp_path):
-    assert checkpoint.move_aside(tmp_path, "run") is None
-    for name in ("checkpoints/run_best.safetensors", "runs/run/metrics.jsonl", "runs/run2/metrics.jsonl", "traces/predictions_run.csv"):
-        checkpoint.write_text(tmp_path / name, name)
-    moved = checkpoint.move_aside(tmp_path, "run")
+    assert move_aside(tmp_path, "run") is None
+    for name in (
+        "checkpoints/run_best.safetensors",
+        "runs/run/metrics.jsonl",
+        "runs/run2/metrics.jsonl",
+        "traces/predictions_run.csv",
+    ):
+        write_text(tmp_path / name, name)
+    moved = move_aside(tmp_path, "run")
     assert (moved / "checkpoints/run_best.safetensors").read_text() == "checkpoints/run_best.safetensors"
     assert (moved / "runs/run/metrics.jsonl").exists()
     assert (moved / "traces/predictions_run.csv").exists()
     assert not (tmp_path / "runs/run").exists()
     assert (tmp_path / "runs/run2/metrics.jsonl").exists()
-    checkpoint.write_text(tmp_path / "runs/run/metrics.jsonl", "second")
-    assert checkpoint.move_aside(tmp_path, "run") != moved
+    write_text(tmp_path / "runs/run/metrics.jsonl", "second")
+    assert move_aside(tmp_path, "run") != moved

@@ -9,11 +9,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling import data, models, randomness
-from modeling.cnn import SimpleCNN
-from modeling.engine import Ema, Objective, build_optimizer, evaluate_model, make_inputs, predict, train_step
-from modeling.transforms import Preprocessing, mix
-from modeling.vit import SimpleViT
+from modeling import models, randomness
+from modeling.data.augment import mix
+from modeling.data.batches import Batch, training_steps
+from modeling.data.images import Images, decode
+from modeling.data.resize import Preprocessing
+from modeling.data.sources import load_source
+from modeling.engine import StepSettings, evaluate_model, make_inputs, predict, train_step
+from modeling.models.cnn import SimpleCNN
+from modeling.models.vit import SimpleViT
+from modeling.optim import Ema, build_optimizer
 
 PREP = Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -25,23 +30,47 @@ def accelerator():
 
 @pytest.fixture(scope="module")
 def images():
-    return data.decode(data.load_source("digits"), "train", torch.arange(90), image_size=32, num_threads=1)
+    return decode(load_source("digits"), "train", torch.arange(90), image_size=32, num_workers=1)
 
 
 def small_cnn(**kwargs):
     torch.manual_seed(0)
-    return SimpleCNN(channels=(8, 16), hidden=16, batch_norm=False, pool=None, kaiming=False, **{"head_dropout": 0.0, **kwargs})
+    return SimpleCNN(
+        channels=(8, 16),
+        hidden=16,
+        batch_norm=False,
+        pool=None,
+        kaiming=False,
+        **{"head_dropout": 0.0, **kwargs},
+    )
 
 
-def run(accelerator, images, model, *, steps=None, objective=None, lr=0.05, batch_size=40, accumulation=1, optimizer="sgd", epochs=1):
+def run(
+    accelerator,
+    images,
+    model,
+    *,
+    steps=None,
+    objective=None,
+    lr=0.05,
+    batch_size=40,
+    accumulation=1,
+    optimizer="sgd",
+    epochs=1,
+):
     """Train and give the totals of each step."""
-    objective = objective or Objective(PREP)
+    objective = objective or StepSettings(PREP)
     prepared, optim = accelerator.prepare(model, build_optimizer(optimizer, model, lr=lr, weight_decay=0.0))
     prepared.train()
     totals, step = [], 0
     for epoch in range(epochs):
-        batches = data.training_steps(
-            images, seed=objective.seed, epoch=epoch, batch_size=batch_size, accumulation=accumulation, mix=objective.mixes
+        batches = training_steps(
+            images,
+            seed=objective.seed,
+            epoch=epoch,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            mix=objective.mixes,
         )
         for micro_batches in batches:
             n = min(batch_size, len(images) - batch_size * (step - epoch * -(-len(images) // batch_size)))
@@ -74,7 +103,7 @@ def test_a_step_is_sgd_on_the_mean_loss(accelerator, images):
 @pytest.mark.parametrize("accumulation", [2, 3, 7])
 def test_accumulation_changes_nothing_not_even_in_a_short_last_batch(accelerator, images, accumulation):
     one, many = small_cnn(), small_cnn()
-    objective = Objective(PREP, augment="light", mixup=0.4, cutmix=1.0, label_smoothing=0.1)
+    objective = StepSettings(PREP, augment="light", mixup=0.4, cutmix=1.0, label_smoothing=0.1)
     a = run(accelerator, images, one, objective=objective, epochs=2)
     b = run(accelerator, images, many, objective=objective, epochs=2, accumulation=accumulation)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -85,13 +114,25 @@ def test_accumulation_changes_nothing_not_even_in_a_short_last_batch(accelerator
 def test_an_image_of_weight_zero_has_no_part(accelerator, images):
     def gradients(batch):
         model = small_cnn()
-        prepared, optimizer = accelerator.prepare(model, build_optimizer("sgd", model, lr=0.1, weight_decay=0.0))
-        totals = train_step(accelerator, prepared, optimizer, [batch], epoch=0, step=0, lr=0.1, num_images=4, objective=Objective(PREP))
+        prepared, optimizer = accelerator.prepare(
+            model, build_optimizer("sgd", model, lr=0.1, weight_decay=0.0)
+        )
+        totals = train_step(
+            accelerator,
+            prepared,
+            optimizer,
+            [batch],
+            epoch=0,
+            step=0,
+            lr=0.1,
+            num_images=4,
+            objective=StepSettings(PREP),
+        )
         return totals, [p.grad for p in model.parameters()]
 
     def batch(positions, weights):
         pixels, sizes = images.gather(positions)
-        return data.Batch(pixels, sizes, images.labels[positions], images.rows[positions], torch.tensor(weights))
+        return Batch(pixels, sizes, images.labels[positions], images.rows[positions], torch.tensor(weights))
 
     totals, with_zero = gradients(batch(torch.arange(5), [1.0, 1.0, 1.0, 1.0, 0.0]))
     expected, without = gradients(batch(torch.arange(4), [1.0] * 4))
@@ -104,7 +145,7 @@ def test_dropout_is_a_function_of_seed_and_step(accelerator, images):
     def weights(seed, disturb):
         model = small_cnn(head_dropout=0.5)
         torch.manual_seed(disturb)  # what anything else drew must not matter
-        run(accelerator, images, model, objective=Objective(PREP, seed=seed), steps=2)
+        run(accelerator, images, model, objective=StepSettings(PREP, seed=seed), steps=2)
         return torch.cat([p.flatten() for p in model.parameters()])
 
     assert torch.equal(weights(1, 10), weights(1, 20))
@@ -112,14 +153,16 @@ def test_dropout_is_a_function_of_seed_and_step(accelerator, images):
 
 
 def test_label_smoothing_and_mixing_are_the_soft_targets_of_their_papers(accelerator, images):
-    objective = Objective(PREP, label_smoothing=0.2, mixup=0.8)
-    batch = next(data.training_steps(images, seed=42, epoch=0, batch_size=16, mix=True))[0]
+    objective = StepSettings(PREP, label_smoothing=0.2, mixup=0.8)
+    batch = next(training_steps(images, seed=42, epoch=0, batch_size=16, mix=True))[0]
     x, targets = make_inputs(batch, epoch=0, step=5, objective=objective)
     weight = targets[0][0]
     assert 0 < weight < 1
     assert targets[1][0] == pytest.approx(1 - weight)
     plain = (batch.images.float() / 255 - 0.5) / 0.5
-    torch.testing.assert_close(x, weight * plain[batch.own] + (1 - weight) * plain[batch.partner], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        x, weight * plain[batch.own] + (1 - weight) * plain[batch.partner], rtol=1e-4, atol=1e-5
+    )
     model = small_cnn()
     onehot = F.one_hot(batch.labels, 10).float()
     soft = weight * onehot[batch.own] + (1 - weight) * onehot[batch.partner]
@@ -149,7 +192,9 @@ def test_mixup_and_cutmix_weights_have_their_beta_distribution():
             weights = torch.tensor([weight for _, weight in mixed])
             assert weights.mean() == pytest.approx(0.5, abs=0.04)
             assert weights.var() == pytest.approx(0.25 / (2 * mixup + 1), abs=0.02)
-    kinds = {len(mix(x, own, partner, mixup=0.2, cutmix=1.0, keys=(1, 2, step))[0].unique()) for step in range(50)}
+    kinds = {
+        len(mix(x, own, partner, mixup=0.2, cutmix=1.0, keys=(1, 2, step))[0].unique()) for step in range(50)
+    }
     assert kinds >= {1, 2}  # both kinds are drawn: one value all over, or two in a box
 
 
@@ -157,7 +202,7 @@ def test_clipping_bounds_the_gradient(accelerator, images):
     norms = {}
     for clip in (0.0, 0.05):
         model = small_cnn()
-        run(accelerator, images, model, steps=1, objective=Objective(PREP, clip_grad=clip))
+        run(accelerator, images, model, steps=1, objective=StepSettings(PREP, clip_grad=clip))
         norms[clip] = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert norms[0.0] > 0.1
     assert norms[0.05] == pytest.approx(0.05, rel=1e-3)
@@ -219,10 +264,22 @@ def test_the_seeded_loss_curve_is_golden(images):
     """A refactoring keeps these losses; a change that moves them on purpose says so and writes new ones."""
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True)
-    objective = Objective(PREP, augment="standard", mixup=0.2, label_smoothing=0.1)
+    objective = StepSettings(PREP, augment="standard", mixup=0.2, label_smoothing=0.1)
     torch.manual_seed(7)
     model = SimpleViT(dim=32, depth=2, num_heads=2, mlp_dim=64)
-    curve = run(accelerator, images, model, objective=objective, optimizer="adamw", lr=1e-3, batch_size=30, epochs=2)[:, 0] / 30
+    curve = (
+        run(
+            accelerator,
+            images,
+            model,
+            objective=objective,
+            optimizer="adamw",
+            lr=1e-3,
+            batch_size=30,
+            epochs=2,
+        )[:, 0]
+        / 30
+    )
     assert curve.tolist() == pytest.approx(GOLDEN, rel=1e-3)
 
 
@@ -268,14 +325,18 @@ def scaled(monkeypatch):
 
 
 def test_under_a_grad_scaler_gradients_are_clipped_unscaled_and_once_a_step(accelerator, images, scaled):
-    objective = Objective(PREP, clip_grad=0.5)
+    objective = StepSettings(PREP, clip_grad=0.5)
     plain, ours = small_cnn(), small_cnn()
     expected = run(accelerator, images, plain, objective=objective, steps=2, accumulation=2)
     fp16 = scaled(1024.0)
     totals = run(fp16, images, ours, objective=objective, steps=2, accumulation=2)
     assert fp16.scaler.calls == ["scale", "scale", "unscale", "step", "update"] * 2
-    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-4)  # the losses that are shown, and looked at, are not scaled
-    start, end, expected_end = (torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (small_cnn(), ours, plain))
+    torch.testing.assert_close(
+        totals, expected, rtol=1e-4, atol=1e-4
+    )  # the losses that are shown, and looked at, are not scaled
+    start, end, expected_end = (
+        torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (small_cnn(), ours, plain)
+    )
     assert (end - expected_end).norm() < 0.02 * (expected_end - start).norm()  # fp16 has 11 bits
 
 
@@ -316,15 +377,22 @@ class Meta(SimpleNamespace):
 @pytest.mark.parametrize("name", ["cnn", "vit_scratch", "deit"])
 def test_the_step_never_waits_for_its_device(name, augment):
     rows, pixels = torch.arange(64), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
-    images = data.Images(pixels, rows, torch.full((64, 2), 32), rows % 10, rows, list("abcdefghij"))
-    micro_batches = next(data.training_steps(images, seed=0, epoch=0, batch_size=32, accumulation=2, mix=True))
+    images = Images(pixels, rows, torch.full((64, 2), 32), rows % 10, rows, list("abcdefghij"))
+    micro_batches = next(training_steps(images, seed=0, epoch=0, batch_size=32, accumulation=2, mix=True))
     size = 224 if name == "deit" else 32
-    objective = Objective(Preprocessing(size, (0.5,) * 3, (0.5,) * 3), augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0)
+    objective = StepSettings(
+        Preprocessing(size, (0.5,) * 3, (0.5,) * 3), augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0
+    )
     model = models.build_model(name, num_classes=10, image_size=size).to("meta")
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)  # a fused one does not know this device
     where = dict(epoch=0, step=0, num_images=32)
     totals = train_step(Meta(), model, optimizer, micro_batches, **where, lr=1e-3, objective=objective)
     assert totals.device.type == "meta" and all(p.grad is not None for p in model.parameters())
-    for wait in (lambda: totals.sum().item(), lambda: totals.cpu(), lambda: bool(totals.sum() > 0), lambda: totals.nonzero()):
+    for wait in (
+        lambda: totals.sum().item(),
+        lambda: totals.cpu(),
+        lambda: bool(totals.sum() > 0),
+        lambda: totals.nonzero(),
+    ):
         with pytest.raises(RuntimeError):
             wait()

@@ -9,7 +9,8 @@ import torch
 from conftest import assert_refused, call, make_image_folder
 from PIL import Image
 
-from modeling import checkpoint, data
+from modeling.data.sources import load_source
+from modeling.run import checkpoint
 
 
 def rows(folder):
@@ -27,7 +28,12 @@ def test_the_checkpoint_alone_is_enough(trained, tmp_path):
     result = call("evaluate", "--ckpt", moved, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     (row,) = rows(tmp_path)
-    assert (row["model"], row["dataset"], row["split"], row["num_samples"]) == ("cnn_small", "digits", "test", "359")
+    assert (row["model"], row["dataset"], row["split"], row["num_samples"]) == (
+        "cnn_small",
+        "digits",
+        "test",
+        "359",
+    )
     assert (row["parameters"], row["trainable_parameters"]) == ("545098", "545098")
     names = {path.name for path in (tmp_path / "traces").iterdir()}
     assert names == {
@@ -46,7 +52,17 @@ def test_the_checkpoint_alone_is_enough(trained, tmp_path):
 
 
 def test_validation_is_the_split_that_training_saw(trained, tmp_path):
-    result = call("evaluate", "--ckpt", trained.best, "--split", "validation", "--limit-eval", 40, "--output-dir", tmp_path)
+    result = call(
+        "evaluate",
+        "--ckpt",
+        trained.best,
+        "--split",
+        "validation",
+        "--limit-eval",
+        40,
+        "--output-dir",
+        tmp_path,
+    )
     assert result.status == 0, result.err
     (row,) = rows(tmp_path)
     header = checkpoint.read_header(trained.best)
@@ -56,7 +72,9 @@ def test_validation_is_the_split_that_training_saw(trained, tmp_path):
 
 
 def test_two_checkpoints_of_a_run_get_their_stems_and_a_comparison(trained, tmp_path):
-    result = call("evaluate", "--ckpt", trained.best, trained.final, "--batch-size", 7, "--output-dir", tmp_path)
+    result = call(
+        "evaluate", "--ckpt", trained.best, trained.final, "--batch-size", 7, "--output-dir", tmp_path
+    )
     assert result.status == 0, result.err
     assert [row["checkpoint"] for row in rows(tmp_path)] == [str(trained.best), str(trained.final)]
     assert (tmp_path / "traces" / "confusion_matrix_cnn_small_final.png").exists()
@@ -70,7 +88,7 @@ def test_two_checkpoints_of_a_run_get_their_stems_and_a_comparison(trained, tmp_
 
 def digits_folder(path, order, split="test"):
     """digits' test images as parquet, its classes in another order."""
-    source = data.load_source("digits").splits["test"]
+    source = load_source("digits").splits["test"]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=order)})
     names = [str(label) for label in source["label"]]
     keep = [i for i, name in enumerate(names) if name in order]
@@ -101,10 +119,14 @@ def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
 def test_bad_input(trained, tmp_path, monkeypatch):
     out = ("--output-dir", tmp_path / "out")
     folder = make_image_folder(tmp_path / "pets", {"test": {"cat": 3, "dog": 3}})
-    assert_refused(call("evaluate", "--ckpt", trained.best, "--dataset", folder, *out), "'cat', 'dog'", "'0', '1'")
+    assert_refused(
+        call("evaluate", "--ckpt", trained.best, "--dataset", folder, *out), "'cat', 'dog'", "'0', '1'"
+    )
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(trained.best.read_bytes()[:1000])
-    assert_refused(call("evaluate", "--ckpt", trained.best, cut, *out), "cut.safetensors", "not a whole safetensors file")
+    assert_refused(
+        call("evaluate", "--ckpt", trained.best, cut, *out), "cut.safetensors", "not a whole safetensors file"
+    )
     torch.save({"a": torch.zeros(1)}, tmp_path / "model.pth")
     assert_refused(call("evaluate", "--ckpt", tmp_path / "model.pth", *out), "model.pth", "pickled")
     assert_refused(call("evaluate", "--ckpt", tmp_path / "absent", *out), "absent")

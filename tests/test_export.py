@@ -10,14 +10,18 @@ import torch
 from conftest import assert_refused, call, make_image_folder, scripts
 from PIL import Image
 
-from modeling import data
+from modeling.data.images import decode
+from modeling.data.sources import load_source, select_rows
 
 export_data = scripts.export_data
 
 
 @pytest.fixture(scope="module")
 def source_folder(tmp_path_factory):
-    counts = {"train": {"cat's": 20, "Ünïcode dog": 15, "a,b $x$": 15}, "test": {"cat's": 4, "Ünïcode dog": 3, "a,b $x$": 3}}
+    counts = {
+        "train": {"cat's": 20, "Ünïcode dog": 15, "a,b $x$": 15},
+        "test": {"cat's": 4, "Ünïcode dog": 3, "a,b $x$": 3},
+    }
     return make_image_folder(tmp_path_factory.mktemp("source"), counts)
 
 
@@ -35,13 +39,15 @@ def tree(folder):
 
 
 def test_every_image_is_there_once_with_its_own_pixels(source_folder, exported):
-    source = data.load_source(str(source_folder))
+    source = load_source(str(source_folder))
     options = dict(val_fraction=0.2, seed=42)
     for split, name in (("train", "train"), ("validation", "val"), ("test", "test")):
-        own, rows = data.divide(source, split, **options)
+        own, rows = select_rows(source, split, **options)
         labels = source.labels(own)[rows].tolist()
         files = {path.relative_to(exported / name).as_posix() for path in (exported / name).rglob("*.png")}
-        assert files == {f"{source.classes[label]}/{row:06d}.png" for row, label in zip(rows.tolist(), labels, strict=True)}
+        assert files == {
+            f"{source.classes[label]}/{row:06d}.png" for row, label in zip(rows.tolist(), labels, strict=True)
+        }
         for row, label in zip(rows.tolist(), labels, strict=True):
             ours = np.asarray(Image.open(exported / name / source.classes[label] / f"{row:06d}.png"))
             assert np.array_equal(ours, np.asarray(source.splits[own][row]["image"]))
@@ -106,9 +112,13 @@ def test_verify_reads_only_and_names_what_differs(exported):
 
 
 def test_training_sees_the_same_classes_and_images(exported, source_folder):
-    source = data.load_source(str(exported))
-    assert source.classes == data.load_source(str(source_folder)).classes
-    assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 40, "validation": 10, "test": 10}
+    source = load_source(str(exported))
+    assert source.classes == load_source(str(source_folder)).classes
+    assert {split: len(rows) for split, rows in source.splits.items()} == {
+        "train": 40,
+        "validation": 10,
+        "test": 10,
+    }
 
 
 def test_a_dataset_without_test_has_no_test_folder(tmp_path):
@@ -128,10 +138,14 @@ def test_a_folder_that_holds_something_else_is_left_alone(exported, source_folde
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("x")
-    assert_refused(call("export_data", "--dataset", source_folder, "--output-dir", precious), "holds no export")
+    assert_refused(
+        call("export_data", "--dataset", source_folder, "--output-dir", precious), "holds no export"
+    )
     assert tree(precious) == {"thesis.txt": b"x"}
     assert_refused(call("export_data", "--verify", "--output-dir", precious), "holds no export")
-    assert_refused(call("export_data", "--dataset", source_folder, "--output-dir", precious / "thesis.txt"), "thesis.txt")
+    assert_refused(
+        call("export_data", "--dataset", source_folder, "--output-dir", precious / "thesis.txt"), "thesis.txt"
+    )
     assert_refused(call("export_data", "--val-fraction", "1.5"), "--val-fraction")
 
 
@@ -166,15 +180,18 @@ def test_odd_folders_can_be_trained_on(tmp_path):
     names = ["a/b", "..", "[x]*", "_y", "train", "50%"]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     pixels = [np.full((8, 8, 3), 40 * i, np.uint8) for i in range(6)]
-    rows = {"image": [Image.fromarray(p) for p in pixels for _ in range(10)], "label": [i for i in range(6) for _ in range(10)]}
+    rows = {
+        "image": [Image.fromarray(p) for p in pixels for _ in range(10)],
+        "label": [i for i in range(6) for _ in range(10)],
+    }
     (tmp_path / "p").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "p" / "train.parquet")
     manifest = export_data.export_to_imagefolder(str(tmp_path / "p"), tmp_path / "out")
     assert manifest["classes"]["a/b"] == "a%2Fb"
-    source = data.load_source(str(tmp_path / "out"))
+    source = load_source(str(tmp_path / "out"))
     assert sorted(source.classes) == sorted(manifest["classes"].values())
     for split, count in (("train", 54), ("validation", 6)):
-        images = data.decode(source, split, torch.arange(len(source.splits[split])), image_size=8, num_threads=1)
+        images = decode(source, split, torch.arange(len(source.splits[split])), image_size=8, num_threads=1)
         assert len(images) == count
         for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
             assert manifest["classes"][names[int(image[0, 0, 0]) // 40]] == source.classes[label]
@@ -182,9 +199,11 @@ def test_odd_folders_can_be_trained_on(tmp_path):
 
 def test_real_images_keep_their_pixels(stl10_sample, tmp_path):
     manifest = export_data.export_to_imagefolder(str(stl10_sample), tmp_path / "out", num_workers=2)
-    source = data.load_source(str(stl10_sample))
+    source = load_source(str(stl10_sample))
     for name in manifest["files"]:
         row = int(name.rsplit("/", 1)[1].removesuffix(".png"))
         cell = source.splits["train"][row]
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / name)), np.asarray(cell["image"].convert("RGB")))
+        assert np.array_equal(
+            np.asarray(Image.open(tmp_path / "out" / name)), np.asarray(cell["image"].convert("RGB"))
+        )
         assert name.split("/")[1] == source.classes[cell["label"]]

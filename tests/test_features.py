@@ -13,11 +13,26 @@ import torch
 from accelerate import Accelerator
 from conftest import ROOT, assert_refused, call, command, make_image_folder, newest_step, scripts
 
-from modeling import checkpoint, decoding, features
-from modeling.data import Images
-from modeling.transforms import Preprocessing
+from modeling import features
+from modeling.data import decoding
+from modeling.data.images import Images
+from modeling.data.resize import Preprocessing
+from modeling.run import checkpoint
 
-FLAGS = ("--model", "vit", "--weights", "none", "--dataset", "digits", "--image-size", 32, "--limit-train", 70, "--limit-eval", 20)
+FLAGS = (
+    "--model",
+    "vit",
+    "--weights",
+    "none",
+    "--dataset",
+    "digits",
+    "--image-size",
+    32,
+    "--limit-train",
+    70,
+    "--limit-eval",
+    20,
+)
 FLAGS += ("--batch-size", 16, "--lr", 0.5, "--head-dropout", 0.1)
 
 
@@ -47,7 +62,9 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_as_many_views_as_epochs_are_bitwise_the_head_without_a_cache(tmp_path, cache, monkeypatch, precision):
+def test_as_many_views_as_epochs_are_bitwise_the_head_without_a_cache(
+    tmp_path, cache, monkeypatch, precision
+):
     flags = ("--epochs", 3, "--mixed-precision", precision)
     cached = train(tmp_path / "cached", *flags, "--feature-views", 3)
     assert len(list(cache.glob("*/view_*"))) == 3
@@ -78,7 +95,9 @@ def test_each_view_is_computed_once_by_any_number_of_runs(tmp_path, cache, monke
     assert sum(computed) == 250 + 70
     train(tmp_path / "other_batches", "--epochs", 1, "--batch-size", 10)
     train(tmp_path / "other_seed", "--epochs", 1, "--seed", 1)
-    assert len([path for path in cache.iterdir() if path.is_dir()]) == 3 + 1 + 1 + 3  # another seed divides the dataset elsewhere, too
+    assert (
+        len([path for path in cache.iterdir() if path.is_dir()]) == 3 + 1 + 1 + 3
+    )  # another seed divides the dataset elsewhere, too
 
 
 def test_epoch_e_sees_view_e_mod_k(tmp_path, cache, monkeypatch):
@@ -91,7 +110,9 @@ def test_epoch_e_sees_view_e_mod_k(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(features.FeatureCache, "get", noted)
     train(tmp_path / "run", "--epochs", 5, "--feature-views", 2, "--batch-size", 70)
-    assert seen == [n for view in (0, 1, 0, 1, 0) for n in (f"view_{view}", "evaluation_64")] + ["evaluation_64"]
+    assert seen == [n for view in (0, 1, 0, 1, 0) for n in (f"view_{view}", "evaluation_64")] + [
+        "evaluation_64"
+    ]
 
 
 def test_damaged_rows_are_computed_again(tmp_path, cache):
@@ -111,7 +132,9 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, cache):
     code += "def killed(*a, **k):\n n[0] += 1\n out = step(*a, **k)\n n[0] == 7 and os.kill(os.getpid(), signal.SIGKILL)\n return out\n"
     code += "train.train_step = killed; train.main(sys.argv[1:])"
     assert command(sys.executable, "-c", code, *flags, cwd=ROOT, env=env).returncode == -9
-    assert newest_step(tmp_path / "checkpoints" / "vit_state") == 6  # in the second view, whose seventh step the cache has
+    assert (
+        newest_step(tmp_path / "checkpoints" / "vit_state") == 6
+    )  # in the second view, whose seventh step the cache has
     resumed = command(sys.executable, "train.py", *flags, "--resume", env=env)
     assert resumed.returncode == 0 and "after step 6" in resumed.stdout, resumed.stderr
     resumed = head(tmp_path), metrics(tmp_path)
@@ -158,9 +181,25 @@ def test_other_preprocessing_code_or_images_have_other_features(tmp_path, cache,
     model, rows = scripts.train.models.build_model("vit", num_classes=2, image_size=32), torch.arange(3)
 
     def folder(mean=0.5, origin="a", pixel=0):
-        images = Images(torch.full((3, 3, 32, 32), pixel, dtype=torch.uint8), rows, torch.full((3, 2), 32), rows, rows, [], origin)
+        images = Images(
+            torch.full((3, 3, 32, 32), pixel, dtype=torch.uint8),
+            rows,
+            torch.full((3, 2), 32),
+            rows,
+            rows,
+            [],
+            origin,
+        )
         prep = Preprocessing(image_size=32, mean=(mean,) * 3, std=(0.5,) * 3)
-        args = SimpleNamespace(mixup=0, cutmix=0, augment="light", seed=1, batch_size=2, gradient_accumulation_steps=1, feature_views=0)
+        args = SimpleNamespace(
+            mixup=0,
+            cutmix=0,
+            augment="light",
+            seed=1,
+            batch_size=2,
+            gradient_accumulation_steps=1,
+            feature_views=0,
+        )
         return features.open_caches(args, Accelerator(), model, {"train": images}, prep)["train"].folder
 
     folders = [folder(), folder(mean=0.500001), folder(origin="b"), folder(pixel=1)]
@@ -175,12 +214,27 @@ def test_mixing_turns_the_recipes_views_off(tmp_path, cache):
 
 def test_images_whose_features_are_known_are_not_decoded(tmp_path, cache, monkeypatch):
     folder = make_image_folder(tmp_path / "images", {"train": {"a": 9, "b": 9}, "test": {"a": 3, "b": 3}})
-    flags = ("--model", "vit", "--weights", "none", "--dataset", folder, "--image-size", 32, "--epochs", 2, "--store-limit", 0)
+    flags = (
+        "--model",
+        "vit",
+        "--weights",
+        "none",
+        "--dataset",
+        folder,
+        "--image-size",
+        32,
+        "--epochs",
+        2,
+        "--store-limit",
+        0,
+    )
     whole = call("train", *flags, "--output-dir", tmp_path / "one")
     assert whole.status == 0 and "above --store-limit" in whole.out, whole.err
     decoded = []
     take = decoding.Decoder.take
-    monkeypatch.setattr(decoding.Decoder, "take", lambda self, indices: decoded.append(indices) or take(self, indices))
+    monkeypatch.setattr(
+        decoding.Decoder, "take", lambda self, indices: decoded.append(indices) or take(self, indices)
+    )
     assert call("train", *flags, "--output-dir", tmp_path / "two").status == 0
     assert len(decoded) == 2  # for the fingerprints of train and test; validation is in memory
     assert same(*((head(tmp_path / run), metrics(tmp_path / run)) for run in ("one", "two")))
@@ -196,12 +250,19 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
 def test_a_row_of_weight_zero_is_not_kept(tmp_path, cache):
     model = scripts.train.models.build_model("vit", num_classes=2, image_size=32)
     images = scripts.train.data.Images(
-        torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.arange(3), torch.full((3, 2), 32), *[torch.arange(3)] * 2, ["a", "b"]
+        torch.zeros(3, 3, 32, 32, dtype=torch.uint8),
+        torch.arange(3),
+        torch.full((3, 2), 32),
+        *[torch.arange(3)] * 2,
+        ["a", "b"],
     )
     kept = features.FeatureCache(Accelerator(), model, images)
     x = torch.randn(3, 3, 32, 32)
     first = kept.get("view_0", torch.arange(3), torch.tensor([1.0, 0.0, 1.0]), lambda: x)
-    assert torch.equal(kept.get("view_0", torch.tensor([2, 0]), torch.ones(2), lambda: pytest.fail("it was kept")), first[[2, 0]])
+    assert torch.equal(
+        kept.get("view_0", torch.tensor([2, 0]), torch.ones(2), lambda: pytest.fail("it was kept")),
+        first[[2, 0]],
+    )
     assert len(kept.get("view_0", torch.tensor([1]), torch.ones(1), lambda: x[1:2])) == 1
     kept.get("view_0", torch.tensor([1]), torch.ones(1), lambda: pytest.fail("it was kept"))
 
@@ -212,7 +273,10 @@ def test_a_full_disk_is_one_line(tmp_path, cache, monkeypatch):
 
     monkeypatch.setattr(features, "FileLock", full)
     assert_refused(
-        call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1), "No space left", "where features are kept", statuses=(1,)
+        call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1),
+        "No space left",
+        "where features are kept",
+        statuses=(1,),
     )
 
 
@@ -244,7 +308,9 @@ def test_two_processes_agree_with_one_whether_they_share_the_cache_or_not(tmp_pa
     ended = []
     for run, kind in enumerate(("shared", "shared", "own", "own")):
         env = {"HF_DATASETS_CACHE": str(tmp_path / kind), "ACCELERATE_USE_CPU": "true"}
-        done = command(*launch, tmp_path / "worker.py", kind, *flags, "--output-dir", tmp_path / f"run{run}", env=env)
+        done = command(
+            *launch, tmp_path / "worker.py", kind, *flags, "--output-dir", tmp_path / f"run{run}", env=env
+        )
         assert done.returncode == 0, done.stderr
         ended.append((head(tmp_path / f"run{run}"), metrics(tmp_path / f"run{run}")))
     assert all(same(ended[0], other) for other in ended[1:])

@@ -25,15 +25,20 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import modeling.hub
-from modeling import checkpoint, data, models, pretrained
+from modeling import models
+from modeling.data.sources import HUB_NAMES, PROMISES, load_source
 from modeling.hub import download
+from modeling.models import backbones
+from modeling.run import checkpoint
 
-STL10, CIFAR10 = (data.PROMISES[data.HUB_NAMES[name]][0] for name in ("stl10", "cifar10"))
-TIMM_IDS = {name: pretrained.pretrained_config(name).hf_hub_id for name in ("vit", "deit", "resnet18")}
+STL10, CIFAR10 = (PROMISES[HUB_NAMES[name]][0] for name in ("stl10", "cifar10"))
+TIMM_IDS = {name: backbones.pretrained_config(name).hf_hub_id for name in ("vit", "deit", "resnet18")}
 
 
 @functools.cache
-def parquet_repository(classes: tuple[str, ...], side: int, image: str, label: str, num_train=12, num_test=4) -> dict[str, bytes]:
+def parquet_repository(
+    classes: tuple[str, ...], side: int, image: str, label: str, num_train=12, num_test=4
+) -> dict[str, bytes]:
     """Digits under other names: README.md with the features, as push_to_hub writes it, and a parquet file for each split."""
     pixels = load_digits().images.astype("uint8") * 15
     files, start = {}, 0
@@ -41,7 +46,9 @@ def parquet_repository(classes: tuple[str, ...], side: int, image: str, label: s
     for split, count in (("train", num_train), ("test", num_test)):
         rows = range(start, start := start + count)
         images = [Image.fromarray(pixels[i]).resize((side, side)).convert("RGB") for i in rows]
-        split_data = datasets.Dataset.from_dict({image: images, label: [i % len(classes) for i in rows]}, features=features)
+        split_data = datasets.Dataset.from_dict(
+            {image: images, label: [i % len(classes) for i in rows]}, features=features
+        )
         split_data.to_parquet(buffer := io.BytesIO())
         files[f"data/{split}-00000-of-00001.parquet"] = buffer.getvalue()
     names = "".join(f"\n          '{n}': {name}" for n, name in enumerate(classes))
@@ -63,12 +70,16 @@ def timm_weights(name: str) -> bytes:
 def hub():
     stl10 = parquet_repository(tuple(STL10), 96, "image", "label")
     repositories = {
-        "datasets/tanganke/stl10": Repository([parquet_repository(tuple(STL10), 96, "image", "label", num_train=10), stl10], {"v1": 0}),
+        "datasets/tanganke/stl10": Repository(
+            [parquet_repository(tuple(STL10), 96, "image", "label", num_train=10), stl10], {"v1": 0}
+        ),
         "datasets/uoft-cs/cifar10": Repository([parquet_repository(tuple(CIFAR10), 32, "img", "label")]),
         "datasets/someone/private": Repository([stl10], token="hf_secret"),
     }
     for name, hub_id in TIMM_IDS.items():
-        repositories[f"models/{hub_id}"] = Repository([{"model.safetensors": timm_weights(pretrained.timm_name(name))}])
+        repositories[f"models/{hub_id}"] = Repository(
+            [{"model.safetensors": timm_weights(backbones.timm_name(name))}]
+        )
     with Hub(repositories) as server:
         yield server
 
@@ -77,7 +88,9 @@ def hub():
 def home(hub, tmp_path, monkeypatch) -> Path:
     """This process is online, and asks that hub; an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
@@ -119,11 +132,16 @@ def test_the_literal_command_online_and_offline(hub, tmp_path):
     header = checkpoint.read_header(clone / "checkpoints" / "vit_best.safetensors")
     repository = hub.repositories["datasets/tanganke/stl10"]
     assert header["dataset"]["revision"] == repository.sha(1)
-    assert header["weights"] == {"source": TIMM_IDS["vit"], "revision": hub.repositories[f"models/{TIMM_IDS['vit']}"].sha(0)}
+    assert header["weights"] == {
+        "source": TIMM_IDS["vit"],
+        "revision": hub.repositories[f"models/{TIMM_IDS['vit']}"].sha(0),
+    }
     assert header["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
     # main has moved on and the hub is gone, and nothing says offline: the checkpoint's own revision is evaluated
     env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    result = command(sys.executable, "evaluate.py", "--ckpt", "checkpoints/vit_best.safetensors", cwd=clone, env=env)
+    result = command(
+        sys.executable, "evaluate.py", "--ckpt", "checkpoints/vit_best.safetensors", cwd=clone, env=env
+    )
     assert result.returncode == 0, result.stderr
     assert "test of tanganke/stl10, 4 images" in result.stdout
     result = command(sys.executable, "export_data.py", cwd=clone, env=env)
@@ -131,7 +149,9 @@ def test_the_literal_command_online_and_offline(hub, tmp_path):
     assert json.loads((clone / "data" / "manifest.json").read_text())["revision"] == repository.sha(1)
 
 
-@pytest.mark.parametrize("flags", [("--dataset", "cifar10", "--model", "deit"), ("--model", "resnet18")], ids=["deit", "resnet18"])
+@pytest.mark.parametrize(
+    "flags", [("--dataset", "cifar10", "--model", "deit"), ("--model", "resnet18")], ids=["deit", "resnet18"]
+)
 def test_other_models_online_and_offline(hub, home, tmp_path, monkeypatch, flags):
     online = call("train", *flags, *FEW, "--output-dir", tmp_path)
     assert online.status == 0, online.err
@@ -149,7 +169,9 @@ def test_other_models_online_and_offline(hub, home, tmp_path, monkeypatch, flags
 def test_the_hubs_weights_are_what_timm_itself_loads(hub, home, name, size):
     size = 224 if name == "resnet18" else size
     kwargs = {} if name == "resnet18" else {"img_size": size}
-    reference = timm.create_model(pretrained.timm_name(name), pretrained=True, num_classes=0, **kwargs).state_dict()
+    reference = timm.create_model(
+        backbones.timm_name(name), pretrained=True, num_classes=0, **kwargs
+    ).state_dict()
     weights = models.find_weights(name, "default")
     model = models.build_model(name, num_classes=10, image_size=size, weights=weights.path)
     ours = getattr(model, "backbone", model).state_dict()
@@ -159,12 +181,32 @@ def test_the_hubs_weights_are_what_timm_itself_loads(hub, home, name, size):
 
 
 def test_hf_hub_weights_bring_their_own_preprocessing(hub, home, tmp_path):
-    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 1.0, "interpolation": "bilinear", "input_size": [3, 224, 224]}
+    own = {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "input_size": [3, 224, 224],
+    }
     files = {"model.safetensors": timm_weights("resnet18")}
     config = {"architecture": "resnet18", "pretrained_cfg": own}
-    hub.repositories["models/me/mine"] = Repository([{**files, "config.json": json.dumps(config).encode()}, files])
+    hub.repositories["models/me/mine"] = Repository(
+        [{**files, "config.json": json.dumps(config).encode()}, files]
+    )
     sha = hub.repositories["models/me/mine"].sha(0)
-    flags = ("--model", "resnet18", "--dataset", "digits", "--limit-train", 20, "--limit-eval", 10, *FEW, "--output-dir", tmp_path)
+    flags = (
+        "--model",
+        "resnet18",
+        "--dataset",
+        "digits",
+        "--limit-train",
+        20,
+        "--limit-eval",
+        10,
+        *FEW,
+        "--output-dir",
+        tmp_path,
+    )
     result = call("train", *flags, "--weights", f"hf-hub:me/mine@{sha}")
     assert result.status == 0, result.err
     assert f"weights me/mine at {sha[:7]}" in result.out
@@ -175,53 +217,85 @@ def test_hf_hub_weights_bring_their_own_preprocessing(hub, home, tmp_path):
     # a checkpoint of ours as the first weights brings what it was trained with
     again = models.find_weights("resnet18", str(tmp_path / "checkpoints" / "resnet18_best.safetensors"))
     assert again.preprocessing.mean == (0.1, 0.2, 0.3)
-    assert models.find_weights("resnet18", "hf-hub:me/mine").preprocessing.mean == (0.485, 0.456, 0.406), "without config.json"
+    assert models.find_weights("resnet18", "hf-hub:me/mine").preprocessing.mean == (0.485, 0.456, 0.406), (
+        "without config.json"
+    )
     hub.repositories["models/me/other"] = Repository([{"config.json": b"{}", "pytorch_model.bin": b""}])
-    assert_refused(call("train", *flags, "--weights", "hf-hub:me/other"), "model me/other has no model.safetensors", "--weights none")
-    assert_refused(call("train", *flags, "--model", "deit", "--weights", f"hf-hub:me/mine@{sha}"), "is a resnet18, not deit")
+    assert_refused(
+        call("train", *flags, "--weights", "hf-hub:me/other"),
+        "model me/other has no model.safetensors",
+        "--weights none",
+    )
+    assert_refused(
+        call("train", *flags, "--model", "deit", "--weights", f"hf-hub:me/mine@{sha}"),
+        "is a resnet18, not deit",
+    )
 
 
 # ---- revisions, promises, tokens -----------------------------------------------------------------------------------------------
 
 
 def test_a_revision_is_what_was_asked_for_offline_too(hub, home, monkeypatch):
-    old = data.load_source("stl10@v1")
-    assert (len(old.splits["train"]), old.revision) == (10, hub.repositories["datasets/tanganke/stl10"].sha(0))
-    new = data.load_source("tanganke/stl10")
-    assert (len(new.splits["train"]), new.revision) == (12, hub.repositories["datasets/tanganke/stl10"].sha(1))
+    old = load_source("stl10@v1")
+    assert (len(old.splits["train"]), old.revision) == (
+        10,
+        hub.repositories["datasets/tanganke/stl10"].sha(0),
+    )
+    new = load_source("tanganke/stl10")
+    assert (len(new.splits["train"]), new.revision) == (
+        12,
+        hub.repositories["datasets/tanganke/stl10"].sha(1),
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert len(data.load_source(f"tanganke/stl10@{old.revision}").splits["train"]) == 10
-    assert len(data.load_source("stl10@v1").splits["train"]) == 10
-    assert len(data.load_source("stl10").splits["train"]) == 12
-    with pytest.raises(ValueError, match="stl10@v2 cannot be had from the hub: HF_HUB_OFFLINE is set, and not all of it is cached"):
-        data.load_source("stl10@v2")
+    assert len(load_source(f"tanganke/stl10@{old.revision}").splits["train"]) == 10
+    assert len(load_source("stl10@v1").splits["train"]) == 10
+    assert len(load_source("stl10").splits["train"]) == 12
+    with pytest.raises(
+        ValueError,
+        match="stl10@v2 cannot be had from the hub: HF_HUB_OFFLINE is set, and not all of it is cached",
+    ):
+        load_source("stl10@v2")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ValueError, match="stl10@v2 cannot be had from the hub: it has no such revision"):
-        data.load_source("stl10@v2")
+        load_source("stl10@v2")
 
 
 @pytest.mark.parametrize(
     "classes, side, words",
-    [(CIFAR10, 96, "has the classes"), (STL10, 64, r"has the image size \(64, 64\), where \(96, 96\) was promised")],
+    [
+        (CIFAR10, 96, "has the classes"),
+        (STL10, 64, r"has the image size \(64, 64\), where \(96, 96\) was promised"),
+    ],
 )
 def test_what_an_alias_promises_is_checked(hub, home, classes, side, words):
-    hub.repositories["datasets/tanganke/stl10"] = Repository([parquet_repository(tuple(classes), side, "image", "label")])
+    hub.repositories["datasets/tanganke/stl10"] = Repository(
+        [parquet_repository(tuple(classes), side, "image", "label")]
+    )
     with pytest.raises(ValueError, match=words):
-        data.load_source("stl10")
+        load_source("stl10")
 
 
 def test_a_missing_split_breaks_the_promise(hub, home):
-    files = {name: content for name, content in parquet_repository(tuple(CIFAR10), 32, "img", "label").items() if "train" in name}
+    files = {
+        name: content
+        for name, content in parquet_repository(tuple(CIFAR10), 32, "img", "label").items()
+        if "train" in name
+    }
     hub.repositories["datasets/uoft-cs/cifar10"] = Repository([files])
-    with pytest.raises(ValueError, match=r"has the splits \['train'\], where \['test', 'train'\] was promised"):
-        data.load_source("cifar10")
+    with pytest.raises(
+        ValueError, match=r"has the splits \['train'\], where \['test', 'train'\] was promised"
+    ):
+        load_source("cifar10")
 
 
 def test_hf_token_opens_a_private_repository(hub, home, monkeypatch):
-    with pytest.raises(ValueError, match=r"private cannot be had from the hub: the hub answered 401, so .* needs a token; .*HF_TOKEN"):
-        data.load_source("someone/private")
+    with pytest.raises(
+        ValueError,
+        match=r"private cannot be had from the hub: the hub answered 401, so .* needs a token; .*HF_TOKEN",
+    ):
+        load_source("someone/private")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert len(data.load_source("someone/private").splits["train"]) == 12
+    assert len(load_source("someone/private").splits["train"]) == 12
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------------------
@@ -246,7 +320,9 @@ WAYS_OUT = {
         ("{}.*" + FILES, "stall", "the hub does not answer"),
         ("{}.*" + FILES, "cut", "peer closed connection"),
     ],
-    ids=lambda value: value.replace("{}", "all").partition(".*")[0] if "{}" in value else value.split(" ")[-1],
+    ids=lambda value: (
+        value.replace("{}", "all").partition(".*")[0] if "{}" in value else value.split(" ")[-1]
+    ),
 )
 def test_a_failing_hub_is_one_line_within_a_minute(hub, home, tmp_path, what, paths, kind, words):
     name = {"stl10": "tanganke/stl10", "vit": TIMM_IDS["vit"]}[what]
@@ -258,24 +334,25 @@ def test_a_failing_hub_is_one_line_within_a_minute(hub, home, tmp_path, what, pa
     hub.failures.clear()
     constants.HF_HUB_OFFLINE = False  # which the silence had set, for this process
     assert models.find_weights("vit", "default").path.read_bytes() == timm_weights("vit_tiny_patch16_224")
-    assert len(data.load_source("stl10").splits["train"]) == 12
+    assert len(load_source("stl10").splits["train"]) == 12
 
 
 @pytest.mark.parametrize(
-    "paths, kind, times", [("/api/", "500", 2), ("/api/", "stall", 1), (FILES, "500", 2), (FILES, "stall", 1), (FILES, "cut", 1)]
+    "paths, kind, times",
+    [("/api/", "500", 2), ("/api/", "stall", 1), (FILES, "500", 2), (FILES, "stall", 1), (FILES, "cut", 1)],
 )
 def test_a_passing_failure_is_survived(hub, home, paths, kind, times):
     hub.fail(paths, kind, times)
     assert models.find_weights("vit", "default").path.read_bytes() == timm_weights("vit_tiny_patch16_224")
-    assert len(data.load_source("stl10").splits["test"]) == 4
+    assert len(load_source("stl10").splits["test"]) == 4
 
 
 def test_a_hub_that_fails_serves_what_is_cached(hub, home):
-    assert data.load_source("stl10").revision
+    assert load_source("stl10").revision
     for kind in ("500", "401", "stall"):
         hub.failures.clear()
         hub.fail(".", kind)
-        assert len(data.load_source("stl10").splits["train"]) == 12
+        assert len(load_source("stl10").splits["train"]) == 12
 
 
 def test_a_slow_hub_is_not_a_dead_one(hub, home):
@@ -290,27 +367,34 @@ def test_a_slow_hub_is_not_a_dead_one(hub, home):
 @pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git"])
 def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, name):
     assert_refused(call("train", "--dataset", name), f"dataset '{name}' is no name of the hub")
-    assert_refused(call("train", "--model", "vit", "--weights", f"hf-hub:{name}"), f"model '{name}' is no name of the hub")
+    assert_refused(
+        call("train", "--model", "vit", "--weights", f"hf-hub:{name}"),
+        f"model '{name}' is no name of the hub",
+    )
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, home, monkeypatch):
     """As a read-only one of a cluster: the lock cannot be had."""
-    assert len(data.load_source("stl10").splits["train"]) == 12
+    assert len(load_source("stl10").splits["train"]) == 12
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied", "lock")
 
     monkeypatch.setattr(modeling.hub, "WeakFileLock", refuse)
-    assert len(data.load_source("stl10").splits["train"]) == 12
+    assert len(load_source("stl10").splits["train"]) == 12
     with pytest.raises(PermissionError):
-        data.load_source("cifar10")
+        load_source("cifar10")
 
 
 def test_without_network_the_error_names_the_ways_out(tmp_path):
     """As a user sees it, in a process of its own."""
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
     result = command(sys.executable, ROOT / "train.py", "--model", "vit", cwd=tmp_path, env=env, timeout=60)
-    assert_refused(result, f"model {TIMM_IDS['vit']} cannot be had from the hub: the hub cannot be reached", *WAYS_OUT["vit"])
+    assert_refused(
+        result,
+        f"model {TIMM_IDS['vit']} cannot be had from the hub: the hub cannot be reached",
+        *WAYS_OUT["vit"],
+    )
 
 
 DOWNLOAD = "from modeling.hub import download; print(download('tanganke/stl10', repo_type='dataset').name)"
@@ -318,7 +402,14 @@ DOWNLOAD = "from modeling.hub import download; print(download('tanganke/stl10', 
 
 def start_download(hub, home) -> subprocess.Popen:
     env = os.environ | environment(hub, home)
-    return subprocess.Popen([sys.executable, "-c", DOWNLOAD], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", DOWNLOAD],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_of_several_processes_one_downloads(hub, tmp_path):

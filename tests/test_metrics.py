@@ -30,7 +30,9 @@ def test_metrics_are_scikit_learns(num_classes, true_classes):
             "loss": p.losses.double().mean().item(),
             "accuracy": reference.accuracy_score(true, predicted),
             "balanced_accuracy": reference.balanced_accuracy_score(true, predicted),
-            "top5_accuracy": reference.top_k_accuracy_score(true, p.probabilities.numpy(), k=5, labels=np.arange(num_classes)),
+            "top5_accuracy": reference.top_k_accuracy_score(
+                true, p.probabilities.numpy(), k=5, labels=np.arange(num_classes)
+            ),
             "macro_f1": reference.f1_score(true, predicted, average="macro"),
             "weighted_f1": reference.f1_score(true, predicted, average="weighted"),
         }

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from modeling import models, recipes
-from modeling.engine import build_optimizer
-from modeling.pretrained import ViTLinearProbe
-from modeling.vit import Block, Dropout, SimpleViT
+from modeling.models.backbones import ViTLinearProbe
+from modeling.models.cpu_layers import Dropout
+from modeling.models.vit import Block, SimpleViT
+from modeling.optim import build_optimizer
 
 
 def build(name, size, recipe="reference", num_classes=10, **kwargs):
@@ -38,7 +39,9 @@ def test_parameter_counts(name, size, total, trainable):
     assert models.count_parameters(build(name, size)) == (total, trainable)
 
 
-@pytest.mark.parametrize("name, size", [("cnn", 32), ("cnn", 96), ("cnn_small", 32), ("vit_scratch", 32), ("vit_scratch", 96)])
+@pytest.mark.parametrize(
+    "name, size", [("cnn", 32), ("cnn", 96), ("cnn_small", 32), ("vit_scratch", 32), ("vit_scratch", 96)]
+)
 @pytest.mark.parametrize("num_classes", [2, 37])
 def test_logits_have_the_shape_of_the_classes(name, size, num_classes):
     model = build(name, size, num_classes=num_classes).eval()
@@ -54,7 +57,9 @@ def test_any_timm_model():
 
 
 def test_an_unknown_model_lists_the_choices():
-    with pytest.raises(ValueError, match="'vgg'.*cnn, cnn_small, vit_scratch, resnet18, vit, deit, or timm/NAME"):
+    with pytest.raises(
+        ValueError, match="'vgg'.*cnn, cnn_small, vit_scratch, resnet18, vit, deit, or timm/NAME"
+    ):
         models.build_model("vgg", num_classes=10, image_size=32)
 
 
@@ -66,7 +71,9 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="image size 4 is too small"):
         models.build_model("cnn", num_classes=10, image_size=4)
     with pytest.raises(ValueError, match="--patch-size is for vit_scratch"):
-        models.model_arguments("cnn", recipes.get_recipe("cnn", 32), image_size=32, patch_size=4, head_dropout=None)
+        models.model_arguments(
+            "cnn", recipes.get_recipe("cnn", 32), image_size=32, patch_size=4, head_dropout=None
+        )
     with pytest.raises(ValueError, match="vit cannot take image size 8"):
         models.build_model("vit", num_classes=10, image_size=8)
 
@@ -81,7 +88,10 @@ def test_dropout_drops_its_share_scales_the_rest_and_lets_gradients_through_the_
     assert torch.equal(x.grad, out)
     assert not torch.equal(out, other)
     torch.testing.assert_close(
-        out.unique(), torch.tensor([0, 1 / 0.9], dtype=dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0
+        out.unique(),
+        torch.tensor([0, 1 / 0.9], dtype=dtype),
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-4,
+        atol=0,
     )
     if out.numel() > 1000:
         n, dropped = out.numel(), out == 0
@@ -98,8 +108,18 @@ def test_dropout_drops_its_share_scales_the_rest_and_lets_gradients_through_the_
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_a_block_is_pytorchs_encoder_layer(pre_norm, activation):
     torch.manual_seed(0)
-    ours = Block(dim=32, num_heads=4, mlp_dim=64, activation=activation, pre_norm=pre_norm, attention_dropout=0.0, dropout=0.0)
-    theirs = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, activation=activation, batch_first=True, norm_first=pre_norm)
+    ours = Block(
+        dim=32,
+        num_heads=4,
+        mlp_dim=64,
+        activation=activation,
+        pre_norm=pre_norm,
+        attention_dropout=0.0,
+        dropout=0.0,
+    )
+    theirs = nn.TransformerEncoderLayer(
+        32, 4, 64, dropout=0.0, activation=activation, batch_first=True, norm_first=pre_norm
+    )
     theirs.self_attn.in_proj_weight.data = ours.attention.qkv.weight.data
     theirs.self_attn.in_proj_bias.data = ours.attention.qkv.bias.data
     theirs.self_attn.out_proj.load_state_dict(ours.attention.proj.state_dict())
@@ -172,14 +192,19 @@ def timm_file(tmp_path, name, **kwargs):
     return model, path
 
 
-@pytest.mark.parametrize("name, timm_name", [("vit", "vit_tiny_patch16_224"), ("deit", "deit_tiny_patch16_224"), ("resnet18", "resnet18")])
+@pytest.mark.parametrize(
+    "name, timm_name",
+    [("vit", "vit_tiny_patch16_224"), ("deit", "deit_tiny_patch16_224"), ("resnet18", "resnet18")],
+)
 def test_a_timm_file_with_an_imagenet_head_gives_timms_features(tmp_path, name, timm_name):
     reference, path = timm_file(tmp_path, timm_name)
     model = models.build_model(name, num_classes=7, image_size=224, weights=path).eval()
     backbone = getattr(model, "backbone", model)
     x = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
-        torch.testing.assert_close(backbone.forward_features(x), reference.forward_features(x), rtol=1e-4, atol=1e-5)  # layouts round
+        torch.testing.assert_close(
+            backbone.forward_features(x), reference.forward_features(x), rtol=1e-4, atol=1e-5
+        )  # layouts round
         assert model(x).shape == (2, 7)
 
 
@@ -189,7 +214,9 @@ def test_position_embeddings_fit_another_image_size(tmp_path):
         model = models.build_model(name, num_classes=10, image_size=96, weights=path)
         backbone = getattr(model, "backbone", model)
         assert backbone.pos_embed.shape == (1, 37, 192)
-        expected = timm.layers.resample_abs_pos_embed(reference.pos_embed, new_size=[6, 6], num_prefix_tokens=1)
+        expected = timm.layers.resample_abs_pos_embed(
+            reference.pos_embed, new_size=[6, 6], num_prefix_tokens=1
+        )
         torch.testing.assert_close(backbone.pos_embed, expected)
 
 
@@ -198,18 +225,28 @@ def test_our_own_weights_load_whole_or_with_a_new_head(tmp_path):
     torch.manual_seed(0)
     for name in ("cnn", "vit"):
         original = models.build_model(name, num_classes=10, image_size=32)
-        safetensors.torch.save_file({key: value.contiguous() for key, value in original.state_dict().items()}, path)
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in original.state_dict().items()}, path
+        )
         same = models.build_model(name, num_classes=10, image_size=32, weights=path).state_dict()
         assert all(torch.equal(value, same[key]) for key, value in original.state_dict().items())
         other = models.build_model(name, num_classes=3, image_size=32, weights=path).state_dict()
         differing = {key for key, value in original.state_dict().items() if other[key].shape != value.shape}
-        assert differing == ({"classifier.4.weight", "classifier.4.bias"} if name == "cnn" else {"head.weight", "head.bias"})
-        assert all(torch.equal(value, other[key]) for key, value in original.state_dict().items() if key not in differing)
+        assert differing == (
+            {"classifier.4.weight", "classifier.4.bias"} if name == "cnn" else {"head.weight", "head.bias"}
+        )
+        assert all(
+            torch.equal(value, other[key])
+            for key, value in original.state_dict().items()
+            if key not in differing
+        )
 
 
 def test_a_distilled_model_has_two_heads(tmp_path):
     reference, path = timm_file(tmp_path, "deit_tiny_distilled_patch16_224")
-    model = models.build_model("timm/deit_tiny_distilled_patch16_224", num_classes=3, image_size=224, weights=path)
+    model = models.build_model(
+        "timm/deit_tiny_distilled_patch16_224", num_classes=3, image_size=224, weights=path
+    )
     assert torch.equal(model.blocks[0].mlp.fc1.weight, reference.blocks[0].mlp.fc1.weight)
     assert model.head.weight.shape == model.head_dist.weight.shape == (3, 192)
 
@@ -233,7 +270,11 @@ def test_backbones_take_their_preprocessing_from_timm():
     vit = models.preprocessing("vit", recipe, 224)
     assert (vit.crop_fraction, vit.interpolation, vit.mean) == (0.9, "bicubic", (0.5, 0.5, 0.5))
     resnet = models.preprocessing("resnet18", recipe, 224)
-    assert (resnet.crop_fraction, resnet.interpolation, resnet.std) == (0.875, "bilinear", (0.229, 0.224, 0.225))
+    assert (resnet.crop_fraction, resnet.interpolation, resnet.std) == (
+        0.875,
+        "bilinear",
+        (0.229, 0.224, 0.225),
+    )
     assert models.preprocessing("cnn_small", recipes.get_recipe("cnn_small", 32), 32).crop_fraction is None
     assert [models.default_image_size(n) for n in ("vit", "deit", "resnet18", "cnn")] == [224, 224, 224, None]
 
@@ -245,8 +286,14 @@ def test_the_reference_recipes_are_the_notebooks():
 
     assert brief("cnn", 224) == brief("cnn", 32) == ("adam", 1e-3, 1e-4, "cosine", 20, 32, "light")
     assert brief("vit", 224) == ("sgd", 0.01, 1e-4, "cosine", 20, 32, "light")
-    assert brief("cnn_small", 32) == brief("vit_scratch", 32) == ("adam", 1e-3, 0.0, "constant", 10, 64, "none")
-    assert brief("cnn_small", 224) == brief("vit_scratch", 224) == ("adam", 1e-3, 0.0, "constant", 5, 64, "randaugment")
+    assert (
+        brief("cnn_small", 32) == brief("vit_scratch", 32) == ("adam", 1e-3, 0.0, "constant", 10, 64, "none")
+    )
+    assert (
+        brief("cnn_small", 224)
+        == brief("vit_scratch", 224)
+        == ("adam", 1e-3, 0.0, "constant", 5, 64, "randaugment")
+    )
     assert brief("resnet18", 224) == ("adam", 1e-3, 0.0, "constant", 3, 64, "none")
     assert brief("deit", 224) == ("adamw", 3e-4, 0.01, "constant", 3, 64, "none")
     for name in models.MODELS:

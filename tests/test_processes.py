@@ -20,7 +20,8 @@ from conftest import DATA, ROOT, call, command, newest_step
 from sklearn import metrics as sklearn_metrics
 from test_resume import assert_no_step_twice, assert_same_outcome
 
-from modeling import cli, resume
+from modeling.run import state
+from modeling.run.launch import check_agreement, num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 # Runs the script of argv[1] once for each list of arguments in argv[2]; vit_scratch without its dropout.
@@ -46,12 +47,27 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def start_rank(rank: int, world_size: int, port: str, script: str, *calls, before: str = "", **environment) -> subprocess.Popen:
+def start_rank(
+    rank: int, world_size: int, port: str, script: str, *calls, before: str = "", **environment
+) -> subprocess.Popen:
     """A process that is one of a launcher's, of one thread; it runs the code `before` first."""
-    env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    env = os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
     env |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | environment
-    argv = [sys.executable, "-c", WORKER.replace("#before", before), script, json.dumps([[str(a) for a in one] for one in calls])]
-    return subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = [
+        sys.executable,
+        "-c",
+        WORKER.replace("#before", before),
+        script,
+        json.dumps([[str(a) for a in one] for one in calls]),
+    ]
+    return subprocess.Popen(
+        argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def start_ranks(world_size: int, script: str, *calls) -> list[subprocess.Popen]:
@@ -71,7 +87,9 @@ def run_ranks(world_size: int, script: str, *calls) -> list[tuple[str, str]]:
 
 def weights(folder: Path) -> torch.Tensor:
     (path,) = (folder / "checkpoints").glob("*_final.safetensors")
-    return torch.cat([value.double().flatten() for _, value in sorted(safetensors.torch.load_file(path).items())])
+    return torch.cat(
+        [value.double().flatten() for _, value in sorted(safetensors.torch.load_file(path).items())]
+    )
 
 
 # ---- the same result -----------------------------------------------------------------------------------------------------------
@@ -120,11 +138,17 @@ def distance(folder: Path, reference: Path) -> float:
 def test_any_number_of_processes_ends_in_the_same_weights(place, world_size, tmp_path):
     flags = [(*MODELS[model], *SAME, "--output-dir", tmp_path / model) for model in MODELS]
     outputs = run_ranks(world_size, "train", *flags)
-    assert f"batch      16 = processes {world_size} x accumulation 1 x micro-batch {-(-16 // world_size)}" in outputs[0][0]
+    assert (
+        f"batch      16 = processes {world_size} x accumulation 1 x micro-batch {-(-16 // world_size)}"
+        in outputs[0][0]
+    )
     assert all(out == "" for out, _ in outputs[1:]), "only the main process speaks"
     for model in MODELS:
         assert distance(tmp_path / model, alone(place, model)) < TOLERANCE[model]
-        lines = [(folder / "runs" / model / "metrics.jsonl").read_text() for folder in (tmp_path / model, alone(place, model))]
+        lines = [
+            (folder / "runs" / model / "metrics.jsonl").read_text()
+            for folder in (tmp_path / model, alone(place, model))
+        ]
         ours, theirs = ([json.loads(line) for line in text.splitlines()] for text in lines)
         for a, b in zip(ours, theirs, strict=True):
             losses = {name: value for name, value in b.items() if name.endswith("_loss")}
@@ -135,7 +159,9 @@ def test_any_number_of_processes_ends_in_the_same_weights(place, world_size, tmp
 @pytest.mark.parametrize("model", MODELS)
 def test_accumulation_ends_in_the_same_weights_and_a_wrong_scale_does_not(place, model, tmp_path):
     flags = (*MODELS[model], *SAME)
-    run_ranks(1, "train", (*flags, "--gradient-accumulation-steps", 3, "--output-dir", tmp_path / "accumulated"))
+    run_ranks(
+        1, "train", (*flags, "--gradient-accumulation-steps", 3, "--output-dir", tmp_path / "accumulated")
+    )
     assert distance(tmp_path / "accumulated", alone(place, model)) < TOLERANCE[model]
     # under SGD a gradient k times too large is a learning rate k times too large
     run_ranks(1, "train", (*flags, "--lr", 0.05 * 1.03, "--output-dir", tmp_path / "scaled"))
@@ -147,29 +173,62 @@ def test_evaluation_is_exact_on_any_number_of_images(place, world_size, tmp_path
     checkpoint = alone(place, "cnn_small") / "checkpoints" / "cnn_small_final.safetensors"
     counts = (109, 1000, 4999) if IMAGES != "digits" else (109, 200, 358)
     flags = [("--ckpt", checkpoint, "--limit-eval", n, "--num-threads", 1) for n in counts]
-    run_ranks(world_size, "evaluate", *((*one, "--output-dir", tmp_path / str(n)) for n, one in zip(counts, flags, strict=True)))
+    run_ranks(
+        world_size,
+        "evaluate",
+        *((*one, "--output-dir", tmp_path / str(n)) for n, one in zip(counts, flags, strict=True)),
+    )
     for n, one in zip(counts, flags, strict=True):
         reference = tmp_path / f"{n}_alone"
         assert call("evaluate", *one, "--output-dir", reference).status == 0
         ours, theirs = (
-            list(csv.DictReader((folder / "traces" / "predictions_cnn_small.csv").open())) for folder in (tmp_path / str(n), reference)
+            list(csv.DictReader((folder / "traces" / "predictions_cnn_small.csv").open()))
+            for folder in (tmp_path / str(n), reference)
         )
         assert len(ours) == n
         assert ours == theirs
         (row,) = csv.DictReader((tmp_path / str(n) / "traces" / "metrics.csv").open())
         true, predicted = ([r[column] for r in ours] for column in ("true", "predicted"))
         assert int(row["num_samples"]) == n
-        assert float(row["accuracy"]) == pytest.approx(sklearn_metrics.accuracy_score(true, predicted), abs=1e-9)
+        assert float(row["accuracy"]) == pytest.approx(
+            sklearn_metrics.accuracy_score(true, predicted), abs=1e-9
+        )
         for name in ("macro", "weighted"):
-            expected = sklearn_metrics.f1_score(true, predicted, average=name, labels=sorted(set(true)), zero_division=0)
+            expected = sklearn_metrics.f1_score(
+                true, predicted, average=name, labels=sorted(set(true)), zero_division=0
+            )
             assert float(row[f"{name}_f1"]) == pytest.approx(expected, abs=1e-9)
-    torch.set_num_threads(cli.num_cores())
+    torch.set_num_threads(num_cores())
 
 
 # ---- stopped and resumed -------------------------------------------------------------------------------------------------------
 
-RUN = ("--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40, "--batch-size", 16, "--epochs", 3, "--num-threads", 1)
-RUN += ("--model", "cnn_small", "--head-dropout", 0.5, "--ema", 0.9, "--mixup", 0.4, "--gradient-accumulation-steps", 2)
+RUN = (
+    "--dataset",
+    IMAGES,
+    "--limit-train",
+    100,
+    "--limit-eval",
+    40,
+    "--batch-size",
+    16,
+    "--epochs",
+    3,
+    "--num-threads",
+    1,
+)
+RUN += (
+    "--model",
+    "cnn_small",
+    "--head-dropout",
+    0.5,
+    "--ema",
+    0.9,
+    "--mixup",
+    0.4,
+    "--gradient-accumulation-steps",
+    2,
+)
 
 
 @functools.cache
@@ -183,10 +242,14 @@ def wait_for_step(folder: Path, step: int, *processes: subprocess.Popen) -> None
     states = folder / "checkpoints" / "cnn_small_state"
     while newest_step(states) < step and all(process.poll() is None for process in processes):
         time.sleep(0.005)
-    assert newest_step(states) >= step, [process.communicate() for process in processes if process.poll() is not None]
+    assert newest_step(states) >= step, [
+        process.communicate() for process in processes if process.poll() is not None
+    ]
 
 
-@pytest.mark.parametrize("world_size, flags", [(2, ("--mixed-precision", "bf16")), (3, ())], ids=["2 in bf16", "3"])
+@pytest.mark.parametrize(
+    "world_size, flags", [(2, ("--mixed-precision", "bf16")), (3, ())], ids=["2 in bf16", "3"]
+)
 def test_a_stopped_job_resumed_is_bitwise_the_one_never_stopped(place, world_size, flags, tmp_path):
     command_line = (*RUN, *flags, "--output-dir", tmp_path, "--checkpoint-every", 1)
     processes = start_ranks(world_size, "train", command_line)
@@ -218,10 +281,17 @@ def test_resuming_on_another_number_of_processes(place, tmp_path):
         json.loads((folder / "runs/cnn_small/metrics.jsonl").read_text().splitlines()[1])
         for folder in (tmp_path, alone(place, "cnn_small"))
     ]
-    assert last[0]["train_loss"] == pytest.approx(last[1]["train_loss"], rel=1e-3), "the sums of a half-done epoch go with it"
+    assert last[0]["train_loss"] == pytest.approx(last[1]["train_loss"], rel=1e-3), (
+        "the sums of a half-done epoch go with it"
+    )
 
 
-LAUNCH = (Path(sys.executable).parent / "accelerate", "launch", "--config_file", ROOT / "accelerate_configs" / "multi_cpu.yaml")
+LAUNCH = (
+    Path(sys.executable).parent / "accelerate",
+    "launch",
+    "--config_file",
+    ROOT / "accelerate_configs" / "multi_cpu.yaml",
+)
 
 
 def children(pid: int) -> list[int]:
@@ -231,7 +301,17 @@ def children(pid: int) -> list[int]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the ranks in /proc")
 def test_a_rank_that_is_killed_comes_back_and_the_job_goes_on(place, tmp_path):
     """Under the launcher, with nobody's help."""
-    argv = [*LAUNCH, "--main_process_port", free_port(), "--max_restarts", "3", ROOT / "train.py", *RUN, "--checkpoint-every", "1"]
+    argv = [
+        *LAUNCH,
+        "--main_process_port",
+        free_port(),
+        "--max_restarts",
+        "3",
+        ROOT / "train.py",
+        *RUN,
+        "--checkpoint-every",
+        "1",
+    ]
     argv = [str(a) for a in (*argv, "--output-dir", tmp_path)]
     launcher = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_step(tmp_path, 4, launcher)
@@ -246,10 +326,32 @@ def test_a_rank_that_is_killed_comes_back_and_the_job_goes_on(place, tmp_path):
 
 def test_two_machines_match_one_process(place, tmp_path):
     port = free_port()
-    argv = [*LAUNCH, "--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    argv = [
+        *LAUNCH,
+        "--num_machines",
+        "2",
+        "--num_processes",
+        "2",
+        "--main_process_ip",
+        "127.0.0.1",
+        "--main_process_port",
+        port,
+    ]
     launchers = [
         subprocess.Popen(
-            [str(a) for a in (*argv, "--machine_rank", rank, ROOT / "train.py", *MODELS["cnn_small"], *SAME, "--output-dir", tmp_path)],
+            [
+                str(a)
+                for a in (
+                    *argv,
+                    "--machine_rank",
+                    rank,
+                    ROOT / "train.py",
+                    *MODELS["cnn_small"],
+                    *SAME,
+                    "--output-dir",
+                    tmp_path,
+                )
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -266,13 +368,36 @@ def test_two_machines_match_one_process(place, tmp_path):
 
 
 def test_a_bad_launch_is_one_line(tmp_path):
-    result = command(*LAUNCH, "--main_process_port", free_port(), ROOT / "train.py", "--dataset", "digits", "--batch-size", 1, cwd=tmp_path)
+    result = command(
+        *LAUNCH,
+        "--main_process_port",
+        free_port(),
+        ROOT / "train.py",
+        "--dataset",
+        "digits",
+        "--batch-size",
+        1,
+        cwd=tmp_path,
+    )
     assert result.returncode == 1, "the launcher makes 1 of 2"
-    assert len(re.findall("train.py: error: --batch-size 1 is the batch of all 2 processes", result.stderr)) == 1, result.stderr
+    assert (
+        len(re.findall("train.py: error: --batch-size 1 is the batch of all 2 processes", result.stderr)) == 1
+    ), result.stderr
 
 
 def test_processes_that_disagree_are_refused(tmp_path):
-    flags = ("--model", "cnn_small", "--dataset", "digits", "--limit-train", 40, "--max-steps", 1, "--output-dir", tmp_path)
+    flags = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        "digits",
+        "--limit-train",
+        40,
+        "--max-steps",
+        1,
+        "--output-dir",
+        tmp_path,
+    )
     port = free_port()
     processes = [start_rank(rank, 2, port, "train", (*flags, *("--resume",) * rank)) for rank in range(2)]
     for _, err in finish(processes, status=2):
@@ -288,7 +413,7 @@ def test_the_output_folder_must_be_shared(tmp_path):
 
     args = SimpleNamespace(output_dir=tmp_path, sanity_check=False)
     with pytest.raises(ValueError, match="all machines must share it"):
-        resume.check_agreement(Two, args, [])
+        check_agreement(Two, args, [])
 
 
 def test_processes_that_find_different_states_are_refused(tmp_path):
@@ -298,4 +423,4 @@ def test_processes_that_find_different_states_are_refused(tmp_path):
 
     states = SimpleNamespace(accelerator=Two, restored=0, folder=tmp_path, restore=lambda **_: None)
     with pytest.raises(ValueError, match="found different states"):
-        resume.start(states, SimpleNamespace(resume=True, force=False), "run")
+        state.restore_or_begin(states, SimpleNamespace(resume=True, force=False), "run")

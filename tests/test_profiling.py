@@ -9,10 +9,16 @@ import torch
 from conftest import assert_refused, call
 
 from modeling import models, profiling, recipes
+from modeling.data.images import decode
+from modeling.data.resize import Preprocessing
+from modeling.data.sources import load_source
+from modeling.engine import StepSettings
 
 
 def build(name, size):
-    args = models.model_arguments(name, recipes.get_recipe(name, size), image_size=size, patch_size=None, head_dropout=None)
+    args = models.model_arguments(
+        name, recipes.get_recipe(name, size), image_size=size, patch_size=None, head_dropout=None
+    )
     return models.build_model(name, num_classes=10, image_size=size, **args)
 
 
@@ -34,7 +40,18 @@ def test_the_mode_is_left_as_it_was():
 
 
 def test_profile_py_compares_models_and_writes_what_it_says(tmp_path):
-    result = call("profile", "--models", "cnn_small", "vit_scratch", "--num-steps", 4, "--batch-size", 8, "--output-dir", tmp_path)
+    result = call(
+        "profile",
+        "--models",
+        "cnn_small",
+        "vit_scratch",
+        "--num-steps",
+        4,
+        "--batch-size",
+        8,
+        "--output-dir",
+        tmp_path,
+    )
     assert result.status == 0, result.err
     traces = tmp_path / "traces"
     with (traces / "profile_comparison.csv").open(newline="") as file:
@@ -61,16 +78,19 @@ def test_profile_py_compares_models_and_writes_what_it_says(tmp_path):
 
 
 def test_memory_grows_with_the_batch(tmp_path):
-    from modeling import data
-    from modeling.engine import Objective
-    from modeling.transforms import Preprocessing
 
-    images = data.decode(data.load_source("digits"), "train", torch.arange(64), image_size=32, num_threads=1)
-    objective = Objective(Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3))
+    images = decode(load_source("digits"), "train", torch.arange(64), image_size=32, num_workers=1)
+    objective = StepSettings(Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3))
     accelerator = accelerate.Accelerator(cpu=True)
     peaks = [
         profiling.profile_model(
-            "cnn_small", build("cnn_small", 32), images, objective, accelerator=accelerator, batch_size=size, num_steps=2
+            "cnn_small",
+            build("cnn_small", 32),
+            images,
+            objective,
+            accelerator=accelerator,
+            batch_size=size,
+            num_steps=2,
         )["peak_memory_mb"]
         for size in (8, 32)
     ]
@@ -82,4 +102,7 @@ def test_bad_input(tmp_path):
     assert_refused(call("profile", "--models", "vgg", "--output-dir", tmp_path), "'vgg'", "cnn_small")
     assert_refused(call("profile", "--num-steps", "0"), "--num-steps")
     assert_refused(call("profile", "--dataset", tmp_path / "absent"), "absent")
-    assert_refused(call("profile", "--models", "cnn", "--batch-size", 5000, "--output-dir", tmp_path), "--batch-size 5000")
+    assert_refused(
+        call("profile", "--models", "cnn", "--batch-size", 5000, "--output-dir", tmp_path),
+        "--batch-size 5000",
+    )

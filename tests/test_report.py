@@ -10,18 +10,35 @@ from sklearn.metrics import f1_score
 from modeling import metrics, report
 from modeling.engine import Predictions
 
-ODD = ["cat's", "a,b", "$x_1$", "Ünïcode 犬", 'quo"te', "-", "a very long class name that goes on and on", "0"]
+ODD = [
+    "cat's",
+    "a,b",
+    "$x_1$",
+    "Ünïcode 犬",
+    'quo"te',
+    "-",
+    "a very long class name that goes on and on",
+    "0",
+]
 
 
 def evaluated(name="run", classes=ODD, n=200, seed=0, wrong=0.3, true_classes=None):
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, true_classes or len(classes), (n,), generator=g)
-    logits = 4 * torch.nn.functional.one_hot(labels, len(classes)) * (torch.rand(n, 1, generator=g) > wrong) + torch.randn(
-        n, len(classes), generator=g
-    )
+    logits = 4 * torch.nn.functional.one_hot(labels, len(classes)) * (
+        torch.rand(n, 1, generator=g) > wrong
+    ) + torch.randn(n, len(classes), generator=g)
     p = Predictions(torch.arange(n) * 3, labels, logits.argmax(1), logits.softmax(1), torch.zeros(n))
-    row = {"checkpoint": f"{name}.safetensors", "model": "cnn", "dataset": "d", "split": "test", "num_samples": n}
-    return report.Evaluated(name, {**row, **metrics.compute(p), "parameters": 10, "trainable_parameters": 5}, p, classes)
+    row = {
+        "checkpoint": f"{name}.safetensors",
+        "model": "cnn",
+        "dataset": "d",
+        "split": "test",
+        "num_samples": n,
+    }
+    return report.Evaluated(
+        name, {**row, **metrics.compute(p), "parameters": 10, "trainable_parameters": 5}, p, classes
+    )
 
 
 def read_csv(path):
@@ -84,7 +101,9 @@ def test_the_comparison_ranks_and_subtracts():
     text = report.compare_evaluations([worse, better])
     lines = text.splitlines()
     assert [line.split()[0] for line in lines[4:6]] == ["better", "worse"]
-    difference = next(line for line in lines[lines.index("Differences from better") :] if line.startswith("worse"))
+    difference = next(
+        line for line in lines[lines.index("Differences from better") :] if line.startswith("worse")
+    )
     assert f"{worse.row['accuracy'] - better.row['accuracy']:.4f}" in difference
     f1 = f1_score(better.predictions.labels, better.predictions.predicted, average=None)
     for name, value in zip(ODD, f1, strict=True):
@@ -111,7 +130,10 @@ def test_one_checkpoint_needs_no_differences():
 
 
 def test_tables_align():
-    rows = [{"model": name, "images_per_second": r, "parameters": n} for name, r, n in (("a", 12.345, 1234567), ("long name", 7.0, 1))]
+    rows = [
+        {"model": name, "images_per_second": r, "parameters": n}
+        for name, r, n in (("a", 12.345, 1234567), ("long name", 7.0, 1))
+    ]
     assert report.compare_models(rows).splitlines() == [
         "model      images/s  parameters",
         "---------  --------  ----------",

@@ -17,7 +17,8 @@ import torch
 from conftest import DATA, ROOT, assert_refused, call, newest_step, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling import checkpoint, engine, resume
+from modeling import engine
+from modeling.run import checkpoint, state
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 SMALL = ("--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40, "--batch-size", 16, "--epochs", 3)
@@ -26,12 +27,42 @@ RUNS = {
     "plain": CNN,
     "workers 0": (*CNN, "--num-workers", 0),
     "dropout, EMA, clipping": (*CNN, "--head-dropout", 0.5, "--ema", 0.9, "--clip-grad", 1),
-    "mixing, accumulation": (*CNN, "--augment", "standard", "--mixup", 0.4, "--cutmix", 1, "--gradient-accumulation-steps", 2),
-    "bf16, SGD, warm-up": (*CNN, "--mixed-precision", "bf16", "--optimizer", "sgd", "--warmup-epochs", 1, "--ema", 0.9),
+    "mixing, accumulation": (
+        *CNN,
+        "--augment",
+        "standard",
+        "--mixup",
+        0.4,
+        "--cutmix",
+        1,
+        "--gradient-accumulation-steps",
+        2,
+    ),
+    "bf16, SGD, warm-up": (
+        *CNN,
+        "--mixed-precision",
+        "bf16",
+        "--optimizer",
+        "sgd",
+        "--warmup-epochs",
+        1,
+        "--ema",
+        0.9,
+    ),
     "batch normalisation": ("--model", "cnn", *SMALL, "--image-size", 32, "--augment", "light", "--ema", 0.9),
     "attention dropout": ("--model", "vit_scratch", *SMALL, "--patch-size", 8),
     "probe": ("--model", "vit", "--weights", "none", *SMALL, "--image-size", 32, "--augment", "none"),
-    "max-steps, early stop, loss": (*CNN, "--max-steps", 17, "--best-metric", "loss", "--early-stop", 1, "--lr", 0.01),
+    "max-steps, early stop, loss": (
+        *CNN,
+        "--max-steps",
+        17,
+        "--best-metric",
+        "loss",
+        "--early-stop",
+        1,
+        "--lr",
+        0.01,
+    ),
 }
 
 
@@ -40,7 +71,10 @@ def outcome(folder: Path) -> dict:
     result = {"metrics.jsonl": next((folder / "runs").glob("*/metrics.jsonl")).read_bytes()}
     for path in sorted((folder / "checkpoints").glob("*.safetensors")):
         header = checkpoint.read_header(path)
-        result[path.name] = {k: v for k, v in header.items() if k != "clock"}, safetensors.torch.load_file(path)
+        result[path.name] = (
+            {k: v for k, v in header.items() if k != "clock"},
+            safetensors.torch.load_file(path),
+        )
     assert len(result) == 3
     return result
 
@@ -105,7 +139,9 @@ def references(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_stopped_in_the_loop_and_resumed_it_ends_the_same(references, name, tmp_path, monkeypatch):
     flags = (*RUNS[name], "--checkpoint-every", 3, "--output-dir", tmp_path)
-    steps = json.loads((references(name) / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()[-1])["step"]
+    steps = json.loads(
+        (references(name) / "runs").glob("*/metrics.jsonl").__next__().read_text().splitlines()[-1]
+    )["step"]
     for number in (2, 6, 9):  # before the first state; in the first epoch or the second; later
         with monkeypatch.context() as patch, pytest.raises(Killed):
             kill_at(patch, scripts.train, "train_step", number)
@@ -125,10 +161,10 @@ MOMENTS = {
     "after the best checkpoint": (checkpoint, "save_checkpoint", 2, True),
     "after the record": (scripts.train.tracking.Tracker, "record", 2, True),
     "after the record of the test": (scripts.train.tracking.Tracker, "record", 4, True),
-    "before a state": (resume.States, "save", 5, False),
-    "after a state": (resume.States, "save", 5, True),
+    "before a state": (state.States, "save", 5, False),
+    "after a state": (state.States, "save", 5, True),
     "while a state is written": (checkpoint.os, "fsync", 10, False),
-    "after the last state": (resume.States, "save", 8, True),
+    "after the last state": (state.States, "save", 8, True),
 }
 
 
@@ -163,7 +199,10 @@ def test_force_goes_on_with_more_epochs(references, tmp_path):
     more = call("train", *flags, "--force")
     assert more.status == 0, more.err
     assert "Trained 28 steps" in more.out
-    records = [json.loads(line) for line in (tmp_path / "runs" / "cnn_small" / "metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (tmp_path / "runs" / "cnn_small" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [r["epoch"] for r in records if r["kind"] == "epoch"] == [1, 2, 3, 4]
     assert_no_step_twice(tmp_path)
 
@@ -190,7 +229,10 @@ def test_force_goes_on_after_an_epoch_that_was_cut(references, tmp_path):
     assert_no_step_twice(tmp_path)
     whole = call("train", *CNN, "--max-steps", 14, "--output-dir", tmp_path / "whole")
     assert whole.status == 0
-    ours, theirs = (safetensors.torch.load_file(f / "checkpoints" / "cnn_small_final.safetensors") for f in (tmp_path, tmp_path / "whole"))
+    ours, theirs = (
+        safetensors.torch.load_file(f / "checkpoints" / "cnn_small_final.safetensors")
+        for f in (tmp_path, tmp_path / "whole")
+    )
     assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
@@ -200,7 +242,10 @@ def test_what_force_cannot_do(references, tmp_path, monkeypatch):
         kill_at(patch, scripts.train, "train_step", 11)
         call("train", *flags)
     forced = (*flags, "--resume", "--force")
-    assert_refused(call("train", *forced, "--batch-size", 20), "48 images of its epoch, not a multiple of --batch-size 20")
+    assert_refused(
+        call("train", *forced, "--batch-size", 20),
+        "48 images of its epoch, not a multiple of --batch-size 20",
+    )
     assert_refused(call("train", *forced, "--max-steps", 9), "after step 10", "give a longer run")
     assert_refused(call("train", *forced, "--epochs", 1), "in epoch 2", "give a longer run")
     assert_refused(call("train", *forced, "--optimizer", "sgd"), "another model or optimizer")
@@ -212,7 +257,7 @@ def test_a_restart_does_not_take_up_an_older_run(references, tmp_path, monkeypat
     """A job that torch elastic restarts before its first state finds the states of the run before."""
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(resume, "_launcher", lambda: "another")
+    monkeypatch.setattr(state, "_launcher", lambda: "another")
     result = call("train", *RUNS["plain"], "--lr", 0.01, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     assert "The files of an older run 'cnn_small' are now in" in result.out
@@ -221,15 +266,18 @@ def test_a_restart_does_not_take_up_an_older_run(references, tmp_path, monkeypat
 def test_what_a_kill_left_half_written_is_removed_and_a_newer_broken_state_too(references, tmp_path):
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     states = tmp_path / "checkpoints" / "cnn_small_state"
-    halves = [states / ".step_00000021_x.safetensors.abc.tmp", tmp_path / "checkpoints" / ".cnn_small_best.safetensors.abc.tmp"]
+    halves = [
+        states / ".step_00000021_x.safetensors.abc.tmp",
+        tmp_path / "checkpoints" / ".cnn_small_best.safetensors.abc.tmp",
+    ]
     for path in halves:
         path.write_bytes(b"half")
-    newest = resume.list_states(states)[0]
+    newest = state.list_states(states)[0]
     newest.write_bytes(b"broken")
     result = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume", "--checkpoint-every", 1)
     assert result.status == 0, result.err
     assert not any(path.exists() for path in (*halves, newest))
-    assert len(resume.list_states(states)) == resume.KEEP
+    assert len(state.list_states(states)) == state.KEEP
     assert_same_outcome(tmp_path, references("plain"))
 
 
@@ -243,7 +291,9 @@ def test_what_may_differ_when_resuming(references, tmp_path):
         (("--limit-train", 99), "limit_train 100 -> 99"),
         (("--ema", 0.9), "ema 0.0 -> 0.9"),
     ):
-        assert_refused(call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags, *flag), "other arguments", word)
+        assert_refused(
+            call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags, *flag), "other arguments", word
+        )
 
 
 def test_resume_without_a_state_starts_from_the_beginning_and_says_so(tmp_path):
@@ -269,9 +319,13 @@ def test_a_damaged_state_is_passed_over_with_a_warning(references, damage, tmp_p
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, scripts.train, "train_step", 12)
         call("train", *flags)
-    newest, older = resume.list_states(tmp_path / "checkpoints" / "cnn_small_state")
+    newest, older = state.list_states(tmp_path / "checkpoints" / "cnn_small_state")
     content = newest.read_bytes()
-    newest.write_bytes(content[:-100] if damage == "truncated" else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    newest.write_bytes(
+        content[:-100]
+        if damage == "truncated"
+        else content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    )
     if damage == "both":
         older.write_bytes(b"")
     result = call("train", *flags, "--resume")
@@ -283,10 +337,10 @@ def test_a_damaged_state_is_passed_over_with_a_warning(references, damage, tmp_p
 
 
 def test_a_state_is_tensors_and_json_and_two_are_kept(references):
-    states = resume.list_states(references("bf16, SGD, warm-up") / "checkpoints" / "cnn_small_state")
-    assert len(states) == resume.KEEP
+    states = state.list_states(references("bf16, SGD, warm-up") / "checkpoints" / "cnn_small_state")
+    assert len(states) == state.KEEP
     assert sorted(p for p in states[0].parent.iterdir()) == sorted(states)
-    _, tensors, header = resume.read_newest(states[0].parent)
+    _, tensors, header = state.read_newest(states[0].parent)
     assert {key.split(".")[0] for key in tensors} == {"model", "optimizer", "ema", "totals"}
     assert header["position"]["step"] == 21
     assert any(key.endswith("momentum_buffer") for key in tensors)
@@ -294,7 +348,16 @@ def test_a_state_is_tensors_and_json_and_two_are_kept(references):
 
 def test_a_state_of_another_model_is_refused_even_by_force(references, tmp_path):
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
-    flags = ("--model", "vit_scratch", *SMALL, "--run-name", "cnn_small", "--output-dir", tmp_path, "--resume")
+    flags = (
+        "--model",
+        "vit_scratch",
+        *SMALL,
+        "--run-name",
+        "cnn_small",
+        "--output-dir",
+        tmp_path,
+        "--resume",
+    )
     assert_refused(call("train", *flags), "other arguments", "model")
     assert_refused(call("train", *flags, "--force"), "is of another model")
     assert_same_outcome(tmp_path, references("plain"))
@@ -309,7 +372,10 @@ def test_a_state_with_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeyp
     monkeypatch.setattr(scripts.train, "train_step", poisoned)
     result = call("train", *CNN, "--output-dir", tmp_path, "--checkpoint-every", 1)
     assert_refused(result, "not finite at step 2", statuses=(1,))
-    assert [p.name[:13] for p in resume.list_states(tmp_path / "checkpoints" / "cnn_small_state")] == ["step_00000002", "step_00000001"]
+    assert [p.name[:13] for p in state.list_states(tmp_path / "checkpoints" / "cnn_small_state")] == [
+        "step_00000002",
+        "step_00000001",
+    ]
 
 
 # ---- signals and kills, in processes of their own ------------------------------------------------------------------------------
@@ -319,7 +385,9 @@ LONG = (*RUNS["dropout, EMA, clipping"], "--checkpoint-every", 1)
 
 def start(folder: Path, *flags) -> subprocess.Popen:
     argv = [sys.executable, ROOT / "train.py", *LONG, "--output-dir", folder, *flags]
-    return subprocess.Popen([str(a) for a in argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [str(a) for a in argv], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -328,7 +396,11 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)], ids=lambda v: str(v))
+@pytest.mark.parametrize(
+    "number, status",
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)],
+    ids=lambda v: str(v),
+)
 def test_a_signal_saves_one_state_and_resume_ends_the_same(references, number, status, tmp_path):
     process = start(tmp_path)
     wait_for_step(tmp_path, 4, process)
@@ -371,9 +443,9 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     flags = (*RUNS["dropout, EMA, clipping"], "--output-dir", tmp_path)
     code = (
         "import os, signal, sys, time; sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, '.')\n"
-        "from modeling import resume; import train\n"
+        "from modeling.run import state; import train\n"
         "def slow(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.7); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
-        "resume.States.save = slow\n"
+        "state.States.save = slow\n"
         "train.main()"
     )
     argv = [sys.executable, "-c", code, *map(str, flags)]

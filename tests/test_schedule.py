@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from modeling.schedule import learning_rate
+from modeling.optim import learning_rate
 
 
 def rates(total=100, **options):

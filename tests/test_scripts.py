@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
 
 from modeling import cli
+from modeling.run.launch import make_accelerator, num_cores
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
 --early-stop --ema --epochs --feature-views --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing
@@ -43,7 +44,10 @@ def test_the_flags_are_these(script):
     "arguments",
     [
         ("-c", "import cProfile, evaluate; evaluate.combine; cProfile.run; import profile; profile.Profile"),
-        ("-c", "import torch._dynamo, torchvision; import evaluate; assert 'site-packages' in evaluate.__file__"),
+        (
+            "-c",
+            "import torch._dynamo, torchvision; import evaluate; assert 'site-packages' in evaluate.__file__",
+        ),
         ("-m", "pytest", "--version"),
         ("-m", "cProfile", "-o", os.devnull, "train.py", "--help"),
         ("-m", "IPython", "--no-banner", "--quick", "-c", "import profile; print(profile.run)"),
@@ -68,13 +72,25 @@ def test_every_script_runs_by_path_from_any_folder(script, tmp_path):
 
 @pytest.mark.parametrize("config, precision", [("cpu", "no"), ("cpu_bf16", "bf16")])
 def test_the_launcher_trains_and_the_checkpoint_evaluates(config, precision, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs" / f"{config}.yaml",
+    ]
     result = command(*launch, ROOT / "train.py", *TINY, "--max-steps", 4, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     # the launcher's OMP_NUM_THREADS=1 is nobody's choice
-    assert f"hardware   cpu, 1 process of {cli.num_cores()} threads, precision {precision}" in result.stdout
+    assert f"hardware   cpu, 1 process of {num_cores()} threads, precision {precision}" in result.stdout
     assert "Traceback" not in result.stderr
-    result = call("evaluate", "--ckpt", tmp_path / "checkpoints" / "cnn_small_best.safetensors", "--output-dir", tmp_path)
+    result = call(
+        "evaluate",
+        "--ckpt",
+        tmp_path / "checkpoints" / "cnn_small_best.safetensors",
+        "--output-dir",
+        tmp_path,
+    )
     assert result.status == 0, result.err
     assert re.search(r"accuracy 0\.\d{4}, macro F1 0\.\d{4}", result.out)
     assert (tmp_path / "traces" / "metrics.csv").exists()
@@ -86,15 +102,26 @@ def test_evaluate_as_a_command(trained, tmp_path):
     assert (tmp_path / "traces" / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_accelerate_config_is_one_that_accelerate_reads(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
     loaded = load_config_from_file(str(config))
-    assert loaded.num_processes == {"multi_cpu": 2, "multi_gpu": 2, "multi_gpu_bf16": 2, "multi_node": 16}.get(config.stem, 1)
+    assert loaded.num_processes == {
+        "multi_cpu": 2,
+        "multi_gpu": 2,
+        "multi_gpu_bf16": 2,
+        "multi_node": 16,
+    }.get(config.stem, 1)
     assert loaded.use_cpu == ("cpu" in config.stem)
     assert loaded.mixed_precision == (
-        "bf16" if "bf16" in config.stem or config.stem == "multi_node" else "fp16" if "fp16" in config.stem else "no"
+        "bf16"
+        if "bf16" in config.stem or config.stem == "multi_node"
+        else "fp16"
+        if "fp16" in config.stem
+        else "no"
     )
     assert config.read_text().startswith("#")
     readme = (ROOT / "README.md").read_text()
@@ -116,27 +143,29 @@ def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         torch.set_num_threads(7)
-        cli.make_accelerator(scripts.train.build_parser().parse_args(flags))
+        make_accelerator(scripts.train.build_parser().parse_args(flags))
         return torch.get_num_threads()
 
     try:
-        assert threads() == cli.num_cores()
-        assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == cli.num_cores()
-        assert threads(OMP_NUM_THREADS="1") == 7, "without the launcher it is the user's, and torch's since it was imported"
+        assert threads() == num_cores()
+        assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == num_cores()
+        assert threads(OMP_NUM_THREADS="1") == 7, (
+            "without the launcher it is the user's, and torch's since it was imported"
+        )
         assert threads(OMP_NUM_THREADS="7", ACCELERATE_MIXED_PRECISION="no") == 7
         assert threads("--num-threads", "3", OMP_NUM_THREADS="7") == 3
     finally:
         monkeypatch.undo()
-        torch.set_num_threads(cli.num_cores())
+        torch.set_num_threads(num_cores())
 
 
 def test_the_launchers_precision_is_the_default(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     parse = scripts.train.build_parser().parse_args
-    assert cli.make_accelerator(parse([])).mixed_precision == "bf16"
-    assert cli.make_accelerator(parse(["--mixed-precision", "no"])).mixed_precision == "no"
+    assert make_accelerator(parse([])).mixed_precision == "bf16"
+    assert make_accelerator(parse(["--mixed-precision", "no"])).mixed_precision == "no"
     monkeypatch.undo()
-    assert cli.make_accelerator(parse([])).mixed_precision == "no"
+    assert make_accelerator(parse([])).mixed_precision == "no"
 
 
 def test_an_interrupted_command_ends_with_130_in_one_line(monkeypatch):
@@ -153,7 +182,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(scripts.train, "run_training", lambda args: torch.zeros(2).view(3))
     with pytest.raises(RuntimeError, match="shape"):
         call("train")
-    monkeypatch.setattr(scripts.train, "run_training", lambda args: json.loads("{"))  # a ValueError, but a library's
+    monkeypatch.setattr(
+        scripts.train, "run_training", lambda args: json.loads("{")
+    )  # a ValueError, but a library's
     with pytest.raises(ValueError, match="Expecting property name"):
         call("train")
 
@@ -181,7 +212,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (("--run-name", "../x"), ("--run-name '../x'",)),
         (("--run-name", ""), ("--run-name",)),
         (("--patch-size", "4"), ("--patch-size is for vit_scratch",)),
-        (("--model", "vit_scratch", "--image-size", "30"), ("image size 30 is not a multiple of patch size 4",)),
+        (
+            ("--model", "vit_scratch", "--image-size", "30"),
+            ("image size 30 is not a multiple of patch size 4",),
+        ),
         (("--model", "cnn", "--image-size", "4"), ("image size 4 is too small",)),
         (("--model", "vit", "--weights", "none", "--image-size", "8"), ("vit cannot take image size 8",)),
         (("--epoch", "1"), ("unrecognized arguments: --epoch",)),
@@ -193,15 +227,17 @@ def test_train_refuses_in_one_line_and_what_is_on_disk_stays(flags, words, train
     before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
     result = call("train", *TINY, "--output-dir", trained.folder, *flags)
     assert_refused(result, *words)
-    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*") if path.parent != trained.folder} == {
-        path: time for path, time in before.items() if path.parent != trained.folder
-    }
+    assert {
+        path: path.stat().st_mtime_ns for path in trained.folder.rglob("*") if path.parent != trained.folder
+    } == {path: time for path, time in before.items() if path.parent != trained.folder}
 
 
 def test_train_refuses_bad_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     assert_refused(call("train", "--dataset", tmp_path / "empty"), "empty", "one folder per class")
-    assert_refused(call("train", "--dataset", make_image_folder(tmp_path / "one", {"train": {"cat": 5}})), "one", "class")
+    assert_refused(
+        call("train", "--dataset", make_image_folder(tmp_path / "one", {"train": {"cat": 5}})), "one", "class"
+    )
     broken = make_image_folder(tmp_path / "broken", {"train": {"a": 10, "b": 10}, "test": {"a": 2, "b": 2}})
     bad = broken / "test" / "b" / "1.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
@@ -211,8 +247,21 @@ def test_train_refuses_bad_folders(tmp_path):
 
 
 def test_a_batch_of_one_that_batch_normalisation_cannot_train_on(tmp_path):
-    flags = ("--model", "resnet18", "--weights", "none", "--image-size", 32, "--limit-train", 33, "--output-dir", tmp_path)
-    assert_refused(call("train", *TINY, *flags), "batch normalisation cannot train on 1 image", "--batch-size")
+    flags = (
+        "--model",
+        "resnet18",
+        "--weights",
+        "none",
+        "--image-size",
+        32,
+        "--limit-train",
+        33,
+        "--output-dir",
+        tmp_path,
+    )
+    assert_refused(
+        call("train", *TINY, *flags), "batch normalisation cannot train on 1 image", "--batch-size"
+    )
 
 
 def test_an_unwritable_output_folder_is_refused_before_anything_is_spent(tmp_path):

@@ -13,7 +13,10 @@ import torch
 from conftest import ROOT, call, make_image_folder
 from PIL import Image
 
-from modeling import data, decoding, store
+from modeling.data import decoding, store
+from modeling.data.batches import training_steps
+from modeling.data.images import Images
+from modeling.data.sources import load_source
 
 
 @pytest.fixture
@@ -29,13 +32,13 @@ def folder(tmp_path) -> Path:
     return make_image_folder(root, {"train": {"c": 4}}, size=(30, 50))
 
 
-def decode(folder: Path, split: str, rows=None, **options) -> data.Images:
-    source = data.load_source(str(folder))
+def decode(folder: Path, split: str, rows=None, **options) -> Images:
+    source = load_source(str(folder))
     rows = torch.arange(len(source.splits[split])) if rows is None else rows
-    return data.decode(source, split, rows, **{"image_size": 32, "num_threads": 1} | options)
+    return decode(source, split, rows, **{"image_size": 32, "num_threads": 1} | options)
 
 
-def images_of(images: data.Images) -> list[torch.Tensor]:
+def images_of(images: Images) -> list[torch.Tensor]:
     return [images.pixels[index] for index in images.where.tolist()]
 
 
@@ -60,13 +63,16 @@ def test_a_store_holds_what_decoding_gives_and_is_built_once(cache, folder, spli
         assert torch.equal(both[0][0], both[1][0])
         assert torch.equal(both[0][1], both[1][1])
     few = decode(folder, split, torch.tensor([1, 4]))
-    assert all(torch.equal(a, b) for a, b in zip(images_of(few), [images_of(expected)[i] for i in (1, 4)], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(images_of(few), [images_of(expected)[i] for i in (1, 4)], strict=True)
+    )
 
 
 def test_a_part_of_a_split_is_decoded_alone_and_what_is_in_memory_has_no_store(cache, folder):
     decode(folder, "train", torch.arange(5))
-    source = data.load_source("digits")
-    data.decode(source, "test", torch.arange(359), image_size=32, num_threads=1)
+    source = load_source("digits")
+    decode(source, "test", torch.arange(359), image_size=32, num_workers=1)
     assert not cache.exists()
 
 
@@ -86,8 +92,8 @@ def test_one_that_is_killed_leaves_nothing_that_counts_and_two_at_once_build_one
         "import sys, time; sys.path.insert(0, '.'); import torch; from modeling import data, decoding\n"
         "read = decoding.read_image\n"
         "def slow(*args): time.sleep(0.1); print('image', flush=True); return read(*args)\n"
-        "decoding.read_image = slow; source = data.load_source(sys.argv[1])\n"
-        "data.decode(source, 'train', torch.arange(22), image_size=32, num_threads=0); print('done')"
+        "decoding.read_image = slow; source = load_source(sys.argv[1])\n"
+        "data.decode(source, 'train', torch.arange(22), image_size=32, num_workers=0); print('done')"
     )
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", code, str(folder)]
@@ -112,7 +118,18 @@ def test_a_damaged_store_is_built_again(cache, folder, name):
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_builds(cache, folder, tmp_path, monkeypatch):
-    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--max-steps", 1, "--output-dir", tmp_path / "out")
+    flags = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        folder,
+        "--image-size",
+        16,
+        "--max-steps",
+        1,
+        "--output-dir",
+        tmp_path / "out",
+    )
 
     class Full:
         def transpose(self, *_):
@@ -129,26 +146,49 @@ def test_a_full_disk_is_one_line_and_the_next_run_builds(cache, folder, tmp_path
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
-def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(cache, folder, num_threads, capsys):
+def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(
+    cache, folder, num_threads, capsys
+):
     turned = Image.new("RGB", (60, 20), "green")
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(folder / "train" / "a" / "turned.jpg", exif=exif)
     turned.save(folder / "train" / "a" / "turned.tiff", exif=exif)
     Image.new("RGB", (900, 600), "blue").save(folder / "train" / "a" / "large.png")
-    limited = decode(folder, "train", store_limit=1000, num_threads=num_threads)
+    limited = decode(folder, "train", store_limit=1000, num_workers=num_threads)
     assert "above --store-limit" in capsys.readouterr().out
     assert isinstance(limited.pixels, decoding.Decoder) and not cache.exists()
     assert limited.fingerprint() == decode(folder, "train", store_limit=1000).fingerprint()
     assert limited.fingerprint() != decode(folder, "train", torch.arange(20), store_limit=1000).fingerprint()
-    stored = decode(folder, "train", num_threads=num_threads)
-    assert torch.equal(limited.sizes, stored.sizes) and [60, 20] in limited.sizes.tolist() and [256, 384] in limited.sizes.tolist()
-    for one, other in zip(*(data.training_steps(i, seed=1, epoch=2, batch_size=5, mix=True) for i in (limited, stored)), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(vars(one[0]).values(), vars(other[0]).values(), strict=True))
+    stored = decode(folder, "train", num_workers=num_threads)
+    assert (
+        torch.equal(limited.sizes, stored.sizes)
+        and [60, 20] in limited.sizes.tolist()
+        and [256, 384] in limited.sizes.tolist()
+    )
+    for one, other in zip(
+        *(training_steps(i, seed=1, epoch=2, batch_size=5, mix=True) for i in (limited, stored)), strict=True
+    ):
+        assert all(
+            torch.equal(a, b) for a, b in zip(vars(one[0]).values(), vars(other[0]).values(), strict=True)
+        )
 
 
 def test_a_run_without_a_store_ends_as_with_one(cache, folder, tmp_path):
-    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--epochs", 2, "--batch-size", 4, "--augment", "light")
+    flags = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        folder,
+        "--image-size",
+        16,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--augment",
+        "light",
+    )
     rows = []
     for limit in (0, 1):
         result = call("train", *flags, "--store-limit", limit, "--output-dir", tmp_path / f"{limit}")
@@ -164,7 +204,20 @@ def test_an_image_that_is_not_used_may_be_broken(cache, folder):
 
 
 def test_an_error_while_decoding_ahead_is_one_line(cache, folder, tmp_path, monkeypatch):
-    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--epochs", 1, "--output-dir", tmp_path, "--store-limit", 0)
+    flags = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        folder,
+        "--image-size",
+        16,
+        "--epochs",
+        1,
+        "--output-dir",
+        tmp_path,
+        "--store-limit",
+        0,
+    )
     path = folder / "train" / "a" / "0.png"
     path.write_bytes(path.read_bytes()[:-300])  # its header is whole
     result = call("train", *flags)
@@ -176,14 +229,24 @@ def test_a_store_is_read_through_the_page_cache_not_into_memory(cache, tmp_path)
     path = tmp_path / "store"
     path.mkdir()
     (path / "pixels").write_bytes(os.urandom(3 * 1000) * 20000)
-    store.safetensors.torch.save_file({"sizes": torch.tensor([[25, 40]]).repeat(20000, 1)}, path / "sizes.safetensors")
+    store.safetensors.torch.save_file(
+        {"sizes": torch.tensor([[25, 40]]).repeat(20000, 1)}, path / "sizes.safetensors"
+    )
     indices = torch.arange(20000)
-    images = data.Images(store.read(path), indices, torch.tensor([[25, 40]] * 20000), indices % 10, indices, list("abcdefghij"))
+    images = Images(
+        store.read(path), indices, torch.tensor([[25, 40]] * 20000), indices % 10, indices, list("abcdefghij")
+    )
 
     def own_kilobytes() -> int:
-        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1])
+        return int(
+            next(
+                line
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("RssAnon")
+            ).split()[1]
+        )
 
     before = own_kilobytes()
-    for micro_batches in data.training_steps(images, seed=0, epoch=0, batch_size=64):
+    for micro_batches in training_steps(images, seed=0, epoch=0, batch_size=64):
         assert micro_batches[0].images.shape[1:] == (3, 25, 40)
     assert own_kilobytes() - before < 20_000

@@ -7,7 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from modeling.tracking import HISTOGRAM_SAMPLE, Tracker
+from modeling.run.tracking import HISTOGRAM_SAMPLE, Tracker
 
 
 def test_scalars_and_histograms_can_be_read_back(tmp_path):
@@ -21,11 +21,22 @@ def test_scalars_and_histograms_can_be_read_back(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {"epoch", "loss/train", "accuracy/validation", "learning_rate"}
     assert [(e.step, e.value) for e in events.Scalars("loss/train")] == [(5, 2.5)]
-    assert set(events.Tags()["histograms"]) == {"weights/1.weight", "weights/1.bias", "gradients/1.weight"}  # not what is frozen
+    assert set(events.Tags()["histograms"]) == {
+        "weights/1.weight",
+        "weights/1.bias",
+        "gradients/1.weight",
+    }  # not what is frozen
     histogram = events.Histograms("weights/1.weight")[0].histogram_value
     assert histogram.num == 6
     assert histogram.sum == pytest.approx(model[1].weight.sum().item(), rel=1e-5)
-    line = {"kind": "epoch", "step": 5, "epoch": 1, "train_loss": 2.5, "validation_accuracy": 0.75, "learning_rate": 0.01}
+    line = {
+        "kind": "epoch",
+        "step": 5,
+        "epoch": 1,
+        "train_loss": 2.5,
+        "validation_accuracy": 0.75,
+        "learning_rate": 0.01,
+    }
     assert [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [line]
 
 

@@ -11,8 +11,11 @@ import torch
 from conftest import TINY, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling import checkpoint, data, decoding
-from modeling.transforms import Preprocessing
+from modeling.data import decoding
+from modeling.data.images import Images, decode
+from modeling.data.resize import Preprocessing
+from modeling.data.sources import load_source, select_rows
+from modeling.run import checkpoint
 
 
 def run(folder, *flags, name="cnn_small"):
@@ -20,7 +23,9 @@ def run(folder, *flags, name="cnn_small"):
     result = call("train", *TINY, *flags, "--output-dir", folder)
     assert result.status == 0, result.err
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-    out = SimpleNamespace(out=result.out, err=result.err, epochs=[x for x in lines if x["kind"] == "epoch"], test=lines[-1])
+    out = SimpleNamespace(
+        out=result.out, err=result.err, epochs=[x for x in lines if x["kind"] == "epoch"], test=lines[-1]
+    )
     for kind in ("best", "final"):
         path = folder / "checkpoints" / f"{name}_{kind}.safetensors"
         setattr(out, kind, checkpoint.read_header(path))
@@ -34,7 +39,11 @@ def plain(tmp_path_factory):
 
 
 def test_a_run_writes_what_the_readme_says(trained):
-    names = {p.relative_to(trained.folder).as_posix() for p in trained.folder.rglob("*") if p.is_file() and "traces" not in p.parts}
+    names = {
+        p.relative_to(trained.folder).as_posix()
+        for p in trained.folder.rglob("*")
+        if p.is_file() and "traces" not in p.parts
+    }
     events = {name for name in names if "events.out.tfevents" in name}
     states = {name for name in names if name.startswith("checkpoints/cnn_small_state/step_0000000")}
     assert len(states) == 2
@@ -45,11 +54,23 @@ def test_a_run_writes_what_the_readme_says(trained):
     }
     assert len(events) == 1
     tags = EventAccumulator(str(trained.folder / "runs" / "cnn_small")).Reload().Tags()
-    for tag in ("loss/train", "loss/validation", "accuracy/train", "accuracy/validation", "learning_rate", "accuracy/test"):
+    for tag in (
+        "loss/train",
+        "loss/validation",
+        "accuracy/train",
+        "accuracy/validation",
+        "learning_rate",
+        "accuracy/test",
+    ):
         assert tag in tags["scalars"]
     for tag in ("weights/features.0.weight", "gradients/features.0.weight", "gradients/classifier.4.bias"):
         assert tag in tags["histograms"]
-    for text in ("96 train, 40 validation, 40 test", "545,098 parameters", "test accuracy", "tensorboard --logdir"):
+    for text in (
+        "96 train, 40 validation, 40 test",
+        "545,098 parameters",
+        "test accuracy",
+        "tensorboard --logdir",
+    ):
         assert text in trained.out
 
 
@@ -67,9 +88,21 @@ def test_the_header_describes_the_run(trained):
         "head_dropout": 0.0,
     }
     arguments = header["arguments"]
-    given = dict(epochs=3, batch_size=32, lr=1e-3, optimizer="adam", augment="none", schedule="constant", seed=42, run_name="cnn_small")
+    given = dict(
+        epochs=3,
+        batch_size=32,
+        lr=1e-3,
+        optimizer="adam",
+        augment="none",
+        schedule="constant",
+        seed=42,
+        run_name="cnn_small",
+    )
     assert {key: arguments[key] for key in given} == given
-    assert None not in [arguments[key] for key in ("weight_decay", "mixup", "ema", "image_size", "val_fraction", "mixed_precision")]
+    assert None not in [
+        arguments[key]
+        for key in ("weight_decay", "mixup", "ema", "image_size", "val_fraction", "mixed_precision")
+    ]
     assert header["dataset"]["name"] == "digits"
     assert header["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert header["metrics"].keys() >= {"loss", "accuracy", "macro_f1"}
@@ -79,7 +112,9 @@ def test_the_header_describes_the_run(trained):
 def test_equal_commands_write_equal_files(tmp_path):
     flags = ("--epochs", 2, "--augment", "standard", "--mixup", 0.2, "--head-dropout", 0.3, "--ema", 0.9)
     one, two = run(tmp_path / "1", *flags), run(tmp_path / "2", *flags)
-    assert (tmp_path / "1/runs/cnn_small/metrics.jsonl").read_bytes() == (tmp_path / "2/runs/cnn_small/metrics.jsonl").read_bytes()
+    assert (tmp_path / "1/runs/cnn_small/metrics.jsonl").read_bytes() == (
+        tmp_path / "2/runs/cnn_small/metrics.jsonl"
+    ).read_bytes()
     for kind in ("best", "final"):
         a, b = vars(one)[kind], vars(two)[kind]
         assert a.pop("clock") != b.pop("clock")
@@ -98,7 +133,9 @@ def test_epochs_and_max_steps(plain, tmp_path):
 def test_lr_and_warmup(plain, tmp_path):
     assert plain.epochs[-1]["learning_rate"] == 1e-3
     assert run(tmp_path, "--max-steps", 1, "--lr", 0.03).epochs[0]["learning_rate"] == 0.03
-    assert run(tmp_path, "--max-steps", 4, "--lr", 0.03, "--warmup-epochs", 2).epochs[0]["learning_rate"] == pytest.approx(0.015)
+    assert run(tmp_path, "--max-steps", 4, "--lr", 0.03, "--warmup-epochs", 2).epochs[0][
+        "learning_rate"
+    ] == pytest.approx(0.015)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +170,9 @@ def test_a_flag_changes_the_training_and_is_in_the_header(plain, tmp_path, flags
 def test_accumulation_and_workers_change_nothing(plain, tmp_path):
     other = run(tmp_path, "--epochs", 2, "--gradient-accumulation-steps", 4, "--num-workers", 1)
     assert "32 = processes 1 x accumulation 4 x micro-batch 8" in other.out
-    assert [r["train_loss"] for r in other.epochs] == pytest.approx([r["train_loss"] for r in plain.epochs], rel=1e-4)
+    assert [r["train_loss"] for r in other.epochs] == pytest.approx(
+        [r["train_loss"] for r in plain.epochs], rel=1e-4
+    )
 
 
 def test_decoding_uses_num_workers_threads(tmp_path, monkeypatch):
@@ -148,12 +187,14 @@ def test_ema_is_what_the_checkpoints_hold(plain, tmp_path):
     averaged = run(tmp_path, "--epochs", 2, "--ema", 0.99)
     # training itself is untouched
     assert [r["train_loss"] for r in averaged.epochs] == [r["train_loss"] for r in plain.epochs]
-    assert not torch.equal(averaged.final_weights["features.0.weight"], plain.final_weights["features.0.weight"])
+    assert not torch.equal(
+        averaged.final_weights["features.0.weight"], plain.final_weights["features.0.weight"]
+    )
     assert averaged.epochs[-1]["validation_loss"] != plain.epochs[-1]["validation_loss"]
     model, header = checkpoint.load_model(tmp_path / "checkpoints" / "cnn_small_final.safetensors")
-    source = data.load_source("digits")
-    own, rows = data.divide(source, "validation", val_fraction=0.1, seed=42, limit_eval=40)
-    images = data.decode(source, own, rows, image_size=32, num_threads=1)
+    source = load_source("digits")
+    own, rows = select_rows(source, "validation", val_fraction=0.1, seed=42, limit_eval=40)
+    images = decode(source, own, rows, image_size=32, num_workers=1)
     scores = scripts.train.evaluate_model(model, images, Preprocessing.from_json(header["preprocessing"]))
     assert scores["loss"] == pytest.approx(averaged.epochs[-1]["validation_loss"], rel=1e-5)
 
@@ -177,7 +218,9 @@ def test_image_and_patch_size(tmp_path):
 
 
 def test_val_fraction_and_limit_eval(tmp_path):
-    out = run(tmp_path, "--max-steps", 1, "--val-fraction", 0.25, "--limit-eval", 2000, "--limit-train", 50).out
+    out = run(
+        tmp_path, "--max-steps", 1, "--val-fraction", 0.25, "--limit-eval", 2000, "--limit-train", 50
+    ).out
     assert "50 train, 360 validation, 359 test" in out
 
 
@@ -203,7 +246,9 @@ def test_deterministic_and_num_threads(plain, tmp_path):
     original = scripts.train.train_step
 
     def spy(*args, **kwargs):
-        seen.update(deterministic=torch.are_deterministic_algorithms_enabled(), threads=torch.get_num_threads())
+        seen.update(
+            deterministic=torch.are_deterministic_algorithms_enabled(), threads=torch.get_num_threads()
+        )
         return original(*args, **kwargs)
 
     scripts.train.train_step = spy
@@ -230,7 +275,17 @@ def test_compile_trains_the_same_weights(tmp_path):
 
 
 def test_sanity_check_overfits_and_writes_nothing(tmp_path):
-    result = call("train", *TINY, "--sanity-check", "--num-batches", 2, "--batch-size", 8, "--output-dir", tmp_path / "x")
+    result = call(
+        "train",
+        *TINY,
+        "--sanity-check",
+        "--num-batches",
+        2,
+        "--batch-size",
+        8,
+        "--output-dir",
+        tmp_path / "x",
+    )
     assert result.status == 0, result.err
     assert "on 16 images in batches of 8" in result.out
     assert "Sanity check passed" in result.out
@@ -240,17 +295,33 @@ def test_sanity_check_overfits_and_writes_nothing(tmp_path):
     assert "FAILED" in result.out
 
 
-@pytest.mark.parametrize("model", ["cnn", "cnn_small", "vit_scratch", "vit", "deit", "resnet18", "timm/resnet10t"])
+@pytest.mark.parametrize(
+    "model", ["cnn", "cnn_small", "vit_scratch", "vit", "deit", "resnet18", "timm/resnet10t"]
+)
 def test_each_model_overfits_real_images(model, cifar10):
-    flags = ["--model", model, "--dataset", cifar10, "--image-size", 32, "--weights", "none", "--sanity-check"]
+    flags = [
+        "--model",
+        model,
+        "--dataset",
+        cifar10,
+        "--image-size",
+        32,
+        "--weights",
+        "none",
+        "--sanity-check",
+    ]
     result = call("train", *flags, "--num-batches", 5, "--batch-size", 8, "--limit-train", 500)
     assert result.status == 0, result.out + result.err
 
 
 def test_vit_scratch_learns_at_224_pixels(cifar10):
     """Attending over the batch, as the notebook's did, it stays at ln 10."""
-    options = dict(model="vit_scratch", dataset=cifar10, image_size=224, limit_train=500, mixed_precision="bf16", lr=5e-4)
-    result = scripts.train.train_model(**options, sanity_check=True, num_batches=8, batch_size=16, max_steps=64)
+    options = dict(
+        model="vit_scratch", dataset=cifar10, image_size=224, limit_train=500, mixed_precision="bf16", lr=5e-4
+    )
+    result = scripts.train.train_model(
+        **options, sanity_check=True, num_batches=8, batch_size=16, max_steps=64
+    )
     assert result["loss"] < 0.9 * math.log(10), result
 
 
@@ -284,8 +355,24 @@ def test_run_name_names_the_files(tmp_path):
     assert result.status == 0, result.err
     assert (tmp_path / "checkpoints" / "my run-1_best.safetensors").exists()
     assert (tmp_path / "runs" / "my run-1" / "metrics.jsonl").exists()
-    assert checkpoint.read_header(tmp_path / "checkpoints" / "my run-1_best.safetensors")["arguments"]["run_name"] == "my run-1"
-    flags = ("--model", "timm/resnet10t", "--weights", "none", "--image-size", 32, "--max-steps", 1, "--output-dir", tmp_path)
+    assert (
+        checkpoint.read_header(tmp_path / "checkpoints" / "my run-1_best.safetensors")["arguments"][
+            "run_name"
+        ]
+        == "my run-1"
+    )
+    flags = (
+        "--model",
+        "timm/resnet10t",
+        "--weights",
+        "none",
+        "--image-size",
+        32,
+        "--max-steps",
+        1,
+        "--output-dir",
+        tmp_path,
+    )
     result = call("train", *TINY, *flags)
     assert result.status == 0, result.err
     assert (tmp_path / "checkpoints" / "timm_resnet10t_final.safetensors").exists()
@@ -293,19 +380,34 @@ def test_run_name_names_the_files(tmp_path):
 
 def test_reference_on_stl10_is_224_pixels():
     two = torch.arange(2)
-    images = data.Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
+    images = Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
 
     def size(*flags):
         return scripts.train.choose_image_size(scripts.train.build_parser().parse_args(list(flags)), images)
 
-    assert size("--model", "cnn") == size("--model", "cnn", "--dataset", "elsewhere/x", "--recipe", "reference") == 96
+    assert (
+        size("--model", "cnn")
+        == size("--model", "cnn", "--dataset", "elsewhere/x", "--recipe", "reference")
+        == 96
+    )
     assert size("--model", "cnn", "--recipe", "reference") == 224
 
 
 def test_images_of_many_shapes_train_and_a_folder_of_ones_own(tmp_path):
     folder = make_image_folder(tmp_path / "i", {"train": {"a": 12, "b": 12, "c": 12}}, size=(40, 30))
     make_image_folder(tmp_path / "i", {"train": {"a": 6}}, size=(20, 50))
-    arguments = ("--model", "cnn_small", "--dataset", folder, "--image-size", 24, "--augment", "light", "--batch-size", 8)
+    arguments = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        folder,
+        "--image-size",
+        24,
+        "--augment",
+        "light",
+        "--batch-size",
+        8,
+    )
     result = call("train", *arguments, "--epochs", 20, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     header = checkpoint.read_header(tmp_path / "checkpoints" / "cnn_small_best.safetensors")
@@ -317,14 +419,33 @@ def test_images_of_many_shapes_train_and_a_folder_of_ones_own(tmp_path):
 
 def test_a_class_without_training_images_is_said(tmp_path):
     folder = make_image_folder(tmp_path / "i", {"train": {"x": 9, "y": 9}, "test": {"x": 2, "new": 2}})
-    flags = ("--model", "cnn_small", "--dataset", folder, "--image-size", 16, "--max-steps", 1, "--output-dir", tmp_path)
+    flags = (
+        "--model",
+        "cnn_small",
+        "--dataset",
+        folder,
+        "--image-size",
+        16,
+        "--max-steps",
+        1,
+        "--output-dir",
+        tmp_path,
+    )
     result = call("train", *flags)
     assert result.status == 0, result.err
     assert "No training image has the class 'new'." in result.out
 
 
 def test_the_python_api_is_the_command(tmp_path, plain):
-    options = dict(model="cnn_small", dataset="digits", limit_train=96, limit_eval=40, batch_size=32, epochs=2, output_dir=tmp_path)
+    options = dict(
+        model="cnn_small",
+        dataset="digits",
+        limit_train=96,
+        limit_eval=40,
+        batch_size=32,
+        epochs=2,
+        output_dir=tmp_path,
+    )
     result = scripts.train.train_model(**options)
     assert result["validation"] == pytest.approx(plain.best["metrics"])
     assert result["test"]["accuracy"] == plain.test["test_accuracy"]

@@ -9,14 +9,33 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from modeling import transforms as T
+from modeling.data.augment import (
+    _ANGLE,
+    _FLIP,
+    _JITTER,
+    _PAD_X,
+    _PAD_Y,
+    _RANDAUGMENT,
+    AUGMENT_SETS,
+    Draws,
+    _randaugment_ops,
+    augment,
+    color_jitter,
+    padded_crop,
+    randaugment,
+    random_crop_boxes,
+    rotate,
+)
+from modeling.data.resize import Preprocessing, preprocess, resample, resize
 
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 HALF = (0.5, 0.5, 0.5)
 
 
 def prep(size=32, crop=None, interpolation="bilinear"):
-    return T.Preprocessing(image_size=size, mean=HALF, std=HALF, crop_fraction=crop, interpolation=interpolation)
+    return Preprocessing(
+        image_size=size, mean=HALF, std=HALF, crop_fraction=crop, interpolation=interpolation
+    )
 
 
 def batch(n=24, height=32, width=32, seed=0):
@@ -50,9 +69,11 @@ def assert_close_uint8(ours, theirs, most=2):
 def test_resize_without_crop_is_torchvisions(size, interpolation):
     shapes = [(32, 32), (40, 33), (17, 90), (300, 250)]
     images, padded, sizes = ragged(shapes)
-    ours = T.resize(padded, sizes, prep(size, None, interpolation))
+    ours = resize(padded, sizes, prep(size, None, interpolation))
     for mine, image in zip(ours, images, strict=True):
-        assert_close_uint8(mine, TF.resize(image, [size, size], interpolation=MODES[interpolation], antialias=True))
+        assert_close_uint8(
+            mine, TF.resize(image, [size, size], interpolation=MODES[interpolation], antialias=True)
+        )
 
 
 @pytest.mark.parametrize("interpolation", MODES)
@@ -60,17 +81,19 @@ def test_resize_without_crop_is_torchvisions(size, interpolation):
 def test_resize_and_centre_crop_is_torchvisions(crop, interpolation):
     shapes = [(96, 96), (128, 170), (201, 128), (60, 61), (256, 256)]
     images, padded, sizes = ragged(shapes)
-    ours = T.resize(padded, sizes, prep(224, crop, interpolation))
+    ours = resize(padded, sizes, prep(224, crop, interpolation))
     for mine, image in zip(ours, images, strict=True):
-        theirs = TF.resize(image, [math.floor(224 / crop)], interpolation=MODES[interpolation], antialias=True)
+        theirs = TF.resize(
+            image, [math.floor(224 / crop)], interpolation=MODES[interpolation], antialias=True
+        )
         assert_close_uint8(mine, TF.center_crop(theirs, [224, 224]))
 
 
 def test_equal_size_is_untouched():
     images, sizes, indices = batch()
-    assert torch.equal(T.resize(images, sizes, prep(32)), images)
-    out = T.augment(images, sizes, prep(32), name="none", seed=1, epoch=0, indices=indices)
-    assert torch.equal(out, T.preprocess(images, sizes, prep(32)))
+    assert torch.equal(resize(images, sizes, prep(32)), images)
+    out = augment(images, sizes, prep(32), name="none", seed=1, epoch=0, indices=indices)
+    assert torch.equal(out, preprocess(images, sizes, prep(32)))
     torch.testing.assert_close(out[0], TF.normalize(images[0] / 255, HALF, HALF))
 
 
@@ -78,8 +101,8 @@ def test_random_resized_crop_is_torchvisions_with_the_same_box():
     shapes = [(96, 96), (50, 120), (130, 64), (32, 32)] * 4
     images, padded, sizes = ragged(shapes)
     flip = torch.arange(len(shapes)) % 2 == 0
-    boxes = T.random_crop_boxes(sizes, T.Draws(1, 2, torch.arange(len(shapes))), scale=(0.8, 1.0))
-    ours = T.resample(padded, boxes, torch.full_like(sizes, 64), torch.zeros_like(sizes), 64, flip, "bilinear")
+    boxes = random_crop_boxes(sizes, Draws(1, 2, torch.arange(len(shapes))), scale=(0.8, 1.0))
+    ours = resample(padded, boxes, torch.full_like(sizes, 64), torch.zeros_like(sizes), 64, flip, "bilinear")
     for mine, image, box, mirrored in zip(ours, images, boxes.tolist(), flip, strict=True):
         theirs = TF.resized_crop(image, *box, size=[64, 64], antialias=True)
         assert_close_uint8(mine, TF.horizontal_flip(theirs) if mirrored else theirs)
@@ -88,7 +111,7 @@ def test_random_resized_crop_is_torchvisions_with_the_same_box():
 def test_crop_boxes_have_torchvisions_distribution():
     n = 4000
     sizes = torch.tensor([[96, 128]] * n)
-    ours = T.random_crop_boxes(sizes, T.Draws(0, 0, torch.arange(n)), scale=(0.8, 1.0)).double()
+    ours = random_crop_boxes(sizes, Draws(0, 0, torch.arange(n)), scale=(0.8, 1.0)).double()
     torch.manual_seed(0)
     reference = v2.RandomResizedCrop(64, scale=(0.8, 1.0))
     image = torch.zeros(3, 96, 128, dtype=torch.uint8)
@@ -102,17 +125,19 @@ def test_crop_boxes_have_torchvisions_distribution():
 
 
 def test_crop_box_falls_back_to_the_centre():
-    boxes = T.random_crop_boxes(torch.tensor([[10, 1000], [1000, 10]]), T.Draws(0, 0, torch.arange(2)), scale=(0.8, 1.0))
+    boxes = random_crop_boxes(
+        torch.tensor([[10, 1000], [1000, 10]]), Draws(0, 0, torch.arange(2)), scale=(0.8, 1.0)
+    )
     assert boxes.tolist() == [[0, 493, 10, 13], [493, 0, 13, 10]]
 
 
 def test_color_jitter_is_torchvisions_in_the_same_order():
     images, sizes, indices = batch(40)
-    draws = T.Draws(3, 1, indices)
+    draws = Draws(3, 1, indices)
     boxes = torch.cat([torch.full_like(sizes, 3), sizes - 5], dim=1)
-    ours = T.color_jitter(images, boxes, draws)[:, :, 3:-2, 3:-2]
-    factors = torch.stack([0.8 + 0.4 * draws(T._JITTER + i) for i in range(3)], dim=1)
-    order = torch.stack([draws(T._JITTER + 3 + i) for i in range(3)], dim=1).argsort(dim=1)
+    ours = color_jitter(images, boxes, draws)[:, :, 3:-2, 3:-2]
+    factors = torch.stack([0.8 + 0.4 * draws(_JITTER + i) for i in range(3)], dim=1)
+    order = torch.stack([draws(_JITTER + 3 + i) for i in range(3)], dim=1).argsort(dim=1)
     assert len({tuple(o) for o in order.tolist()}) == 6
     ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
     for mine, image, factor, sequence in zip(ours, images, factors, order.tolist(), strict=True):
@@ -127,12 +152,14 @@ def test_light_is_torchvisions_crop_and_then_jitter():
     """Ours changes the colours before the resize: the same but for rounding, and for what was cut off at 0 or 255 on the way."""
     images, sizes, indices = batch(40, 96, 96)
     images = images // 2 + 40
-    ours = T.augment(images, sizes, prep(224), name="light", seed=3, epoch=1, indices=indices) * 127.5 + 127.5
-    draws = T.Draws(3, 1, indices)
-    boxes = T.random_crop_boxes(sizes, draws, scale=(0.8, 1.0)).tolist()
-    factors, order = 0.8 + 0.4 * draws(T._JITTER, 3), draws(T._JITTER + 3, 3).argsort(dim=1)
+    ours = augment(images, sizes, prep(224), name="light", seed=3, epoch=1, indices=indices) * 127.5 + 127.5
+    draws = Draws(3, 1, indices)
+    boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0)).tolist()
+    factors, order = 0.8 + 0.4 * draws(_JITTER, 3), draws(_JITTER + 3, 3).argsort(dim=1)
     ops = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
-    for mine, image, box, mirrored, factor, sequence in zip(ours, images, boxes, draws(T._FLIP) < 0.5, factors, order, strict=True):
+    for mine, image, box, mirrored, factor, sequence in zip(
+        ours, images, boxes, draws(_FLIP) < 0.5, factors, order, strict=True
+    ):
         image = TF.resized_crop(image, *box, size=[224, 224], antialias=True)
         for op in sequence.tolist():
             image = ops[op](image, float(factor[op]))
@@ -142,9 +169,9 @@ def test_light_is_torchvisions_crop_and_then_jitter():
 
 def test_padded_crop_is_torchvisions():
     images, _, indices = batch(40)
-    draws = T.Draws(3, 1, indices)
-    ours = T.padded_crop(images, draws)
-    tops, lefts = (torch.floor(draws(d) * 9).int().tolist() for d in (T._PAD_Y, T._PAD_X))
+    draws = Draws(3, 1, indices)
+    ours = padded_crop(images, draws)
+    tops, lefts = (torch.floor(draws(d) * 9).int().tolist() for d in (_PAD_Y, _PAD_X))
     assert set(tops) | set(lefts) <= set(range(9)) and len(set(tops)) > 5
     for mine, image, top, left in zip(ours, images, tops, lefts, strict=True):
         assert torch.equal(mine, TF.crop(TF.pad(image, [4]), top, left, 32, 32))
@@ -152,9 +179,9 @@ def test_padded_crop_is_torchvisions():
 
 def test_rotation_is_torchvisions():
     images, _, indices = batch(40)
-    draws = T.Draws(3, 1, indices)
-    ours = T.rotate(images, draws)
-    angles = 15 * (2 * draws(T._ANGLE) - 1)
+    draws = Draws(3, 1, indices)
+    ours = rotate(images, draws)
+    angles = 15 * (2 * draws(_ANGLE) - 1)
     assert angles.min() < -10 and angles.max() > 10
     for mine, image, angle in zip(ours, images, angles.tolist(), strict=True):
         theirs = TF.rotate(image, angle, interpolation=InterpolationMode.BILINEAR, fill=None)
@@ -175,24 +202,28 @@ def test_each_randaugment_op_is_torchvisions(number, size):
     magnitudes = magnitudes(31, size, size)
     for sign in (-1, 1):
         magnitude = 0.0 if magnitudes is None else float(magnitudes[9]) * (sign if signed else 1)
-        ours = T._randaugment_ops(size)[number](images, sign)
+        ours = _randaugment_ops(size)[number](images, sign)
         for mine, image in zip(ours, images, strict=True):
             theirs = reference._apply_image_or_video_transform(
-                image, NAMES[number], magnitude, interpolation=InterpolationMode.NEAREST, fill={torch.Tensor: None}
+                image,
+                NAMES[number],
+                magnitude,
+                interpolation=InterpolationMode.NEAREST,
+                fill={torch.Tensor: None},
             )
             assert_close_uint8(mine, theirs, most=1)  # the magnitude is a float32 there
 
 
 def test_randaugment_applies_the_two_ops_that_were_drawn():
     images, _, indices = batch(64)
-    draws = T.Draws(5, 0, indices)
-    ours = T.randaugment(images, draws)
-    ops, seen = T._randaugment_ops(32), set()
+    draws = Draws(5, 0, indices)
+    ours = randaugment(images, draws)
+    ops, seen = _randaugment_ops(32), set()
     for i, image in enumerate(images):
         out = image[None]
         for slot in range(2):
-            number = int(draws(T._RANDAUGMENT + 2 * slot)[i] * 14)
-            sign = -1 if draws(T._RANDAUGMENT + 2 * slot + 1)[i] < 0.5 else 1
+            number = int(draws(_RANDAUGMENT + 2 * slot)[i] * 14)
+            sign = -1 if draws(_RANDAUGMENT + 2 * slot + 1)[i] < 0.5 else 1
             seen.add((number, sign))
             out = ops[number](out, sign)
         assert torch.equal(ours[i], out[0])
@@ -200,18 +231,20 @@ def test_randaugment_applies_the_two_ops_that_were_drawn():
 
 
 @pytest.mark.parametrize("size", [32, 64])
-@pytest.mark.parametrize("name", T.AUGMENT_SETS)
+@pytest.mark.parametrize("name", AUGMENT_SETS)
 def test_an_image_does_not_depend_on_its_batch_or_its_place_in_it(name, size):
     _, padded, sizes = ragged([(32, 32), (40, 33), (30, 90), (64, 50)] * 6)
     indices = torch.arange(24) * 7
     kwargs = dict(name=name, seed=42, epoch=3)
-    whole = T.augment(padded, sizes, prep(size), indices=indices, **kwargs)
+    whole = augment(padded, sizes, prep(size), indices=indices, **kwargs)
     shuffled = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    other = T.augment(padded[shuffled], sizes[shuffled], prep(size), indices=indices[shuffled], **kwargs)
+    other = augment(padded[shuffled], sizes[shuffled], prep(size), indices=indices[shuffled], **kwargs)
     assert torch.equal(other, whole[shuffled])
     for i in (0, 5, 10, 23):
         h, w = sizes[i]  # alone, it is not padded either
-        alone = T.augment(padded[i : i + 1, :, :h, :w], sizes[i : i + 1], prep(size), indices=indices[i : i + 1], **kwargs)
+        alone = augment(
+            padded[i : i + 1, :, :h, :w], sizes[i : i + 1], prep(size), indices=indices[i : i + 1], **kwargs
+        )
         assert torch.equal(alone[0], whole[i])
 
 
@@ -220,7 +253,7 @@ def test_an_augmentation_changes_with_seed_epoch_and_index(name):
     images, sizes, indices = batch(32)
 
     def run(seed=1, epoch=0, indices=indices):
-        return T.augment(images, sizes, prep(32), name=name, seed=seed, epoch=epoch, indices=indices)
+        return augment(images, sizes, prep(32), name=name, seed=seed, epoch=epoch, indices=indices)
 
     assert torch.equal(run(), run())
     for other in (run(seed=2), run(epoch=1), run(indices=indices + 1)):
@@ -232,7 +265,9 @@ def test_an_augmentation_changes_with_seed_epoch_and_index(name):
 def test_half_of_the_images_are_mirrored(name):
     n = 400
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(n, 3, 32, 32).contiguous()
-    out = T.augment(ramp, torch.tensor([[32, 32]] * n), prep(32), name=name, seed=0, epoch=0, indices=torch.arange(n))
+    out = augment(
+        ramp, torch.tensor([[32, 32]] * n), prep(32), name=name, seed=0, epoch=0, indices=torch.arange(n)
+    )
     mirrored = out[..., 6:12].mean(dim=(1, 2, 3)) > out[..., 20:26].mean(dim=(1, 2, 3))
     assert 150 < int(mirrored.sum()) < 250
 
@@ -250,7 +285,7 @@ def test_the_products_keep_all_bits_where_tf32_is_on():
     try:
         torch.backends.cuda.matmul.allow_tf32 = True
         with Watch():
-            T.resize(images, sizes, prep(48))
+            resize(images, sizes, prep(48))
         assert seen == [False, False] and torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed

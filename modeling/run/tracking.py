@@ -7,7 +7,9 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-HISTOGRAM_SAMPLE = 100_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
+HISTOGRAM_SAMPLE = (
+    100_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
+)
 
 
 class Tracker:
@@ -46,7 +48,9 @@ class Tracker:
             for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if values is not None:
                     values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)].float().cpu()
-                    values = values[values.isfinite()]  # in fp16 a step that overflowed is skipped, and leaves such gradients
+                    values = values[
+                        values.isfinite()
+                    ]  # in fp16 a step that overflowed is skipped, and leaves such gradients
                     if len(values):
                         self.writer.add_histogram(f"{kind}/{name}", values, step)
 

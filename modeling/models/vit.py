@@ -4,20 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al., JMLR 2014) whose masks come four from one draw on a CPU, where torch's Bernoulli draws are slow.
-
-    There the probability is the nearest multiple of 2**-15, and the scale fits it.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropped = round(self.p * 2**15)  # of the values of 15 random bits
-        if not self.training or not 0 < dropped < 2**15 or x.device.type != "cpu":
-            return super().forward(x)
-        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_().view(torch.int16)[: x.numel()].view(x.shape)
-        kept = draws.bitwise_and_(2**15 - 1).sub_(dropped).bitwise_right_shift_(15).add_(1)  # the shift leaves -1 or 0
-        return x * kept.to(x.dtype).mul_(2**15 / (2**15 - dropped))
+from modeling.errors import UserError
+from modeling.models.cpu_layers import Dropout
 
 
 class Attention(nn.Module):
@@ -34,7 +22,9 @@ class Attention(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        if x.device.type == "cpu" and N <= 1025:  # where the fused kernel is slow, its backward most, and weights are few
+        if (
+            x.device.type == "cpu" and N <= 1025
+        ):  # where the fused kernel is slow, its backward most, and weights are few
             with torch.autocast("cpu", enabled=False):
                 weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, N)
                 x = self.dropout(weights) @ v
@@ -82,7 +72,7 @@ class SimpleViT(nn.Module):
 
     Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With 10 classes: 1,205,898 parameters with the
     defaults (32 px), 2,497,418 with image_size 224, patch_size 16, depth 4, mlp_dim 2048. Class token and positions are drawn
-    from N(0, 1), the blocks' weights with a deviation of 0.02. ValueError: a size that the patch does not divide, a dim that the
+    from N(0, 1), the blocks' weights with a deviation of 0.02. UserError: a size that the patch does not divide, a dim that the
     heads do not divide.
     """
 
@@ -104,9 +94,11 @@ class SimpleViT(nn.Module):
     ):
         super().__init__()
         if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is not a multiple of patch size {patch_size}: change one of them")
+            raise UserError(
+                f"image size {image_size} is not a multiple of patch size {patch_size}: change one of them"
+            )
         if dim % num_heads:
-            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}: change one of them")
+            raise UserError(f"dim {dim} is not a multiple of num_heads {num_heads}: change one of them")
         num_tokens = (image_size // patch_size) ** 2 + 1
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.randn(1, 1, dim))

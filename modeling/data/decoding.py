@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from modeling.errors import UserError
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode, upright as its EXIF says, in 8-bit RGB; 16 bits are scaled to 8, transparency is dropped."""
@@ -23,26 +25,26 @@ def to_rgb(image: Image.Image) -> Image.Image:
         pixels = np.asarray(image)
         image = Image.fromarray((pixels.clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
+        raise UserError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
     return image.convert("RGB")
 
 
 @contextlib.contextmanager
 def _open(cell: dict, where: str) -> Iterator[Image.Image]:
-    """One cell of an undecoded image column. ValueError: what is done with it fails, naming the file, or `where` it stands."""
+    """One cell of an undecoded image column. UserError: what is done with it fails, naming the file, or `where` it stands."""
     try:
         if cell["bytes"] is None and cell["path"] is None:
-            raise ValueError("the image is missing")
+            raise UserError("the image is missing")
         with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         path = cell["path"] or ""
         name = path if Path(path).is_file() else f"{path} in {where}" if path else where
-        raise ValueError(f"cannot decode image {name}: {error or type(error).__name__}") from error
+        raise UserError(f"cannot decode image {name}: {error or type(error).__name__}") from error
 
 
 def read_image(cell: dict, where: str) -> Image.Image:
-    """Decode one cell of an undecoded image column. ValueError: undecodable, naming the file, or `where` it stands."""
+    """Decode one cell of an undecoded image column. UserError: undecodable, naming the file, or `where` it stands."""
     with _open(cell, where) as image:
         return to_rgb(image)
 
@@ -60,9 +62,14 @@ def reduced(image: Image.Image, short_side: int) -> Image.Image:
 
 
 def read_size(cell: dict, where: str) -> tuple[int, int]:
-    """Width and height of one cell of an undecoded image column, upright, from the file's header. ValueError: unreadable."""
+    """Width and height of one cell of an undecoded image column, upright, from the file's header. UserError: unreadable."""
     with _open(cell, where) as image:
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)  # Pillow turns a TIFF
+        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (
+            5,
+            6,
+            7,
+            8,
+        )  # Pillow turns a TIFF
         return image.size[::-1] if turned else image.size
 
 
@@ -73,14 +80,16 @@ class Encoded:
         raw = dataset.cast_column(column, datasets.Image(decode=False))
         self.cells, self.column, self.place = raw.select_columns([column]), column, place
 
-    def map(self, read: Callable[[dict, str], Any], rows: Iterable[int], num_threads: int) -> Iterator[Any]:
+    def map(self, read: Callable[[dict, str], Any], rows: Iterable[int], num_workers: int) -> Iterator[Any]:
         """read(cell, where it stands) of the rows, in order, by so many threads; 0: by none."""
         rows = list(rows)
-        with ThreadPoolExecutor(num_threads or 1) as pool:
+        with ThreadPoolExecutor(num_workers or 1) as pool:
             for start in range(0, len(rows), 64):
                 chunk = rows[start : start + 64]
                 cells = self.cells[chunk][self.column]
-                yield from (pool.map if num_threads else map)(read, cells, [f"row {row} of {self.place}" for row in chunk])
+                yield from (pool.map if num_workers else map)(
+                    read, cells, [f"row {row} of {self.place}" for row in chunk]
+                )
 
 
 @dataclass
@@ -88,13 +97,13 @@ class Decoder:
     """Images that are decoded by threads whenever they are wanted, for there are too many to keep."""
 
     images: Encoded
-    num_threads: int
+    num_workers: int
     short_side: int
 
     def take(self, rows: Iterable[int]) -> list[torch.Tensor]:
         """uint8 (3, H, W) of each row."""
         read = functools.partial(read_reduced, short_side=self.short_side)
-        return [to_tensor(image) for image in self.images.map(read, rows, self.num_threads)]
+        return [to_tensor(image) for image in self.images.map(read, rows, self.num_workers)]
 
 
 def read_reduced(cell: dict, where: str, *, short_side: int) -> Image.Image:
@@ -107,7 +116,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def ahead(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
     """The same items, made by a thread up to `depth` before they are wanted."""
     end = object()
     with ThreadPoolExecutor(1) as pool:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from modeling.errors import UserError
+
 
 class SimpleCNN(nn.Module):
     """Blocks of [Conv 3x3, (BatchNorm), MaxPool 2, ReLU], then Linear, ReLU, Dropout, Linear.
@@ -12,7 +14,7 @@ class SimpleCNN(nn.Module):
     Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults and 10 classes it has
     6,799,882 parameters at any size, for the features are average-pooled to `pool` x `pool`. `pool=None` flattens them as they
     are, so that the first Linear fits `image_size` alone. `kaiming` draws the weights that a ReLU follows (He et al.,
-    https://arxiv.org/abs/1502.01852); without it they are PyTorch's defaults. ValueError: an image smaller than 2 ** blocks.
+    https://arxiv.org/abs/1502.01852); without it they are PyTorch's defaults. UserError: an image smaller than 2 ** blocks.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class SimpleCNN(nn.Module):
         super().__init__()
         side = image_size // 2 ** len(channels)
         if side < 1:
-            raise ValueError(f"image size {image_size} is too small for {len(channels)} halvings: use at least {2 ** len(channels)}")
+            raise UserError(
+                f"image size {image_size} is too small for {len(channels)} halvings: use at least {2 ** len(channels)}"
+            )
         blocks: list[nn.Module] = []
         for in_channels, out_channels in zip((3, *channels), channels, strict=False):
             blocks.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
@@ -47,7 +51,9 @@ class SimpleCNN(nn.Module):
         )
         if kaiming:
             for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.classifier[-1]:  # no ReLU follows that
+                if (
+                    isinstance(module, nn.Conv2d | nn.Linear) and module is not self.classifier[-1]
+                ):  # no ReLU follows that
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     nn.init.zeros_(module.bias)
 

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from modeling.decoding import to_tensor
+from modeling.data.decoding import to_tensor
 
 VERSION = 1
 Pixels = torch.Tensor | list[torch.Tensor]
@@ -54,7 +54,9 @@ def build(path: Path, images: Iterable[Image.Image]) -> None:
                     file.write(np.array(image).transpose(2, 0, 1).tobytes())
                     sizes.append((image.height, image.width))
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}, where decoded images are kept", str(half)) from error
+            raise OSError(
+                error.errno, f"{error.strerror}, where decoded images are kept", str(half)
+            ) from error
         safetensors.torch.save_file({"sizes": torch.tensor(sizes)}, half / "sizes.safetensors")
         half.rename(path)
 
@@ -74,4 +76,6 @@ def read(path: Path) -> Pixels:
     flat = torch.from_file(str(path / "pixels"), shared=False, size=int(lengths.sum()), dtype=torch.uint8)
     if bool((sizes == sizes[0]).all()):
         return flat.view(len(sizes), 3, *sizes[0].tolist())
-    return [part.view(3, *size) for part, size in zip(flat.split(lengths.tolist()), sizes.tolist(), strict=True)]
+    return [
+        part.view(3, *size) for part, size in zip(flat.split(lengths.tolist()), sizes.tolist(), strict=True)
+    ]

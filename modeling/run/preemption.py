@@ -10,8 +10,12 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
-GPU_CHECK_EVERY = 20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]  # Windows has no SIGUSR1
+GPU_CHECK_EVERY = (
+    20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
+)
 SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
 
 
@@ -35,8 +39,12 @@ class Preemption:
         self.number, self.marked, self.calls = 0, 0.0, 0
 
     def __enter__(self) -> "Preemption":
-        self.in_main = threading.current_thread() is threading.main_thread()  # Python delivers signals to no other
-        self.previous = {number: signal.signal(number, self._mark) for number in SIGNALS} if self.in_main else {}
+        self.in_main = (
+            threading.current_thread() is threading.main_thread()
+        )  # Python delivers signals to no other
+        self.previous = (
+            {number: signal.signal(number, self._mark) for number in SIGNALS} if self.in_main else {}
+        )
         return self
 
     def _mark(self, number: int, frame) -> None:
@@ -60,7 +68,11 @@ class Preemption:
         if isinstance(error, Preempted):
             self.save()
             if self.accelerator.is_main_process:
-                print(f"{error}: a state is saved; the same command with --resume goes on from it", file=sys.stderr, flush=True)
+                print(
+                    f"{error}: a state is saved; the same command with --resume goes on from it",
+                    file=sys.stderr,
+                    flush=True,
+                )
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if isinstance(error, Preempted):

@@ -17,16 +17,22 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from modeling import checkpoint
-from modeling.engine import Ema
+from modeling.errors import UserError
+from modeling.files import atomic_write
+from modeling.optim import Ema
+from modeling.run.files import RunFiles
 
 KEEP = 2
+
+
 _KEY = "state"
+
+
 FREE_ARGUMENTS = {"run_name", "num_threads"}  # a resumed run may have others
 
 
 @dataclass
-class Position:
+class RunState:
     """Where a run is: `step` updates are done in all, and `num_seen` images of epoch `epoch` (from 0) seen.
 
     finished: no step is left, and its last epoch is recorded.
@@ -50,13 +56,29 @@ class States:
     Every process calls save and restore; the main one writes. All processes must see the folder.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, model: nn.Module, optimizer, ema: Ema | None, header: dict[str, Any]):
-        self.folder, self.accelerator, self.model, self.optimizer, self.ema = folder, accelerator, model, optimizer, ema
-        self.arguments = {name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS}
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer,
+        ema: Ema | None,
+        header: dict[str, Any],
+    ):
+        self.folder, self.accelerator, self.model, self.optimizer, self.ema = (
+            folder,
+            accelerator,
+            model,
+            optimizer,
+            ema,
+        )
+        self.arguments = {
+            name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS
+        }
         self.restored, self.differs = 0, False
         self.arguments |= {"training images": header["dataset"]["train_sha256"][:8], "model": header["model"]}
 
-    def save(self, position: Position, totals: torch.Tensor) -> None:
+    def save(self, position: RunState, totals: torch.Tensor) -> None:
         """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
         all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
         if not self.accelerator.is_main_process:
@@ -82,7 +104,7 @@ class States:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
         path = self.folder / f"step_{position.step:08d}_{_digest(content)}.safetensors"
-        with checkpoint.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
         older = [p for p in others if p.name[:13] < path.name[:13]]
@@ -90,10 +112,10 @@ class States:
             old.unlink()
         self.accelerator.wait_for_everyone()
 
-    def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[Position, torch.Tensor] | None:
+    def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[RunState, torch.Tensor] | None:
         """Load the newest whole state into model, optimizer and average; its position and this process's totals. None: there is none.
 
-        of_launcher: only one that this launcher's processes wrote. ValueError: it is of a run with other arguments (unless `force`),
+        of_launcher: only one that this launcher's processes wrote. UserError: it is of a run with other arguments (unless `force`),
         or of another model or optimizer.
         """
         found = read_newest(self.folder, warn=self.accelerator.is_main_process)
@@ -102,13 +124,21 @@ class States:
         path, tensors, header = found
         names = sorted(self.arguments.keys() | header["arguments"].keys())
         saved, wanted = header["arguments"], json.loads(json.dumps(self.arguments))
-        differing = [f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}" for name in names if saved.get(name) != wanted.get(name)]
+        differing = [
+            f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}"
+            for name in names
+            if saved.get(name) != wanted.get(name)
+        ]
         if differing and not force:
-            raise ValueError(f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force")
+            raise UserError(
+                f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force"
+            )
         if differing:
             print(f"Resuming by --force with other arguments: {', '.join(differing)}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
-            raise ValueError(f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}")
+            raise UserError(
+                f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}"
+            )
         self.restored, self.differs = int(path.stem[-15:], 16), bool(differing)
         groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for key, value in tensors.items():
@@ -122,11 +152,15 @@ class States:
             self.model.load_state_dict(groups["model"])
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is of another model or optimizer: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{path} is of another model or optimizer: {str(error).splitlines()[0]}"
+            ) from error
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(value)  # in its layout in memory, as fused optimizers take it
+                    values[name] = torch.empty_like(parameter).copy_(
+                        value
+                    )  # in its layout in memory, as fused optimizers take it
         if self.ema and groups["ema"]:
             self.ema.updates = header["ema_updates"]
             for name, value in groups["ema"].items():
@@ -134,9 +168,11 @@ class States:
         if self.accelerator.scaler and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         totals, device = tensors["totals"], self.accelerator.device
-        if len(totals) != self.accelerator.num_processes:  # of another number of processes: the first keeps the sums
+        if (
+            len(totals) != self.accelerator.num_processes
+        ):  # of another number of processes: the first keeps the sums
             totals = F.pad(totals.sum(dim=0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
-        return Position(**header["position"]), totals[self.accelerator.process_index].to(device)
+        return RunState(**header["position"]), totals[self.accelerator.process_index].to(device)
 
 
 def _digest(content: bytes) -> str:
@@ -148,74 +184,75 @@ def _launcher() -> str:
     return f"{platform.node()}:{os.getppid()}"
 
 
-def start(states: States, args, run: str) -> tuple[Position, torch.Tensor]:
+def restore_or_begin(states: States, args, run: str) -> tuple[RunState, torch.Tensor]:
     """Where the run begins, and this process's totals: at the newest state with --resume, or when torch elastic restarted the job.
 
     Without --resume that state must be of the same job: one that died before its first state finds those of older runs. ValueError:
     the processes found different states.
     """
     accelerator = states.accelerator
-    restarted = torch.tensor([int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], device=accelerator.device)
+    restarted = torch.tensor(
+        [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], device=accelerator.device
+    )
     restarted = int(accelerator.gather(restarted).max()) > 0
     restored = None
     if args.resume or restarted:
         restored = states.restore(force=args.force, of_launcher=None if args.resume else _launcher())
     found = accelerator.gather(torch.tensor([states.restored], device=accelerator.device))
     if len(found.unique()) > 1:
-        raise ValueError(f"the processes found different states in {states.folder}: it must be shared by all machines")
+        raise UserError(
+            f"the processes found different states in {states.folder}: it must be shared by all machines"
+        )
     if restored:
         finished = " (it was finished)" if restored[0].finished and restored[0].test else ""
-        print(f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}{finished}", flush=True)
+        print(
+            f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}{finished}",
+            flush=True,
+        )
     else:
         if args.resume or restarted:
-            print(f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning", flush=True)
-        moved = checkpoint.move_aside(args.output_dir, run) if accelerator.is_main_process else None
+            print(
+                f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning",
+                flush=True,
+            )
+        moved = RunFiles(args.output_dir, run).move_aside() if accelerator.is_main_process else None
         if moved:
             states_too = (moved / "checkpoints" / f"{run}_state").exists()
-            print(f"The files of an older run {run!r} are now in {moved}{' (move them back to --resume it)' if states_too else ''}")
-        restored = Position(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+            print(
+                f"The files of an older run {run!r} are now in {moved}{' (move them back to --resume it)' if states_too else ''}"
+            )
+        restored = RunState(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     if accelerator.is_main_process:  # what a kill left of a file that was being written
-        for half in [*states.folder.glob(".step_*.tmp"), *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp")]:
+        for half in [
+            *states.folder.glob(".step_*.tmp"),
+            *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp"),
+        ]:
             half.unlink()
     accelerator.wait_for_everyone()
     return restored
 
 
-def go_on(position: Position, totals: torch.Tensor, args, num_train: int, differs: bool) -> None:
-    """Fit a restored position to arguments that --force changed. ValueError: they end before it, or cut an epoch elsewhere."""
+def apply_forced_arguments(
+    position: RunState, totals: torch.Tensor, args, num_train: int, differs: bool
+) -> None:
+    """Fit a restored position to arguments that --force changed. UserError: they end before it, or cut an epoch elsewhere."""
     if position.step > (args.max_steps or position.step) or position.epoch >= args.epochs:
-        raise ValueError(f"the state is after step {position.step}, in epoch {position.epoch + 1}: give a longer run than that")
-    if position.finished and differs and (position.step < args.max_steps if args.max_steps else position.epoch + 1 < args.epochs):
+        raise UserError(
+            f"the state is after step {position.step}, in epoch {position.epoch + 1}: give a longer run than that"
+        )
+    if (
+        position.finished
+        and differs
+        and (position.step < args.max_steps if args.max_steps else position.epoch + 1 < args.epochs)
+    ):
         position.finished, position.test = False, None
         if position.num_seen == num_train:
             position.epoch, position.num_seen = position.epoch + 1, 0
             totals.zero_()
     if position.num_seen % args.batch_size and position.num_seen < num_train:
-        raise ValueError(f"the state has seen {position.num_seen} images of its epoch, not a multiple of --batch-size {args.batch_size}")
-
-
-def check_agreement(accelerator: Accelerator, args, content: list[Any]) -> None:
-    """ValueError: the processes have other arguments or images than the main one, or do not see its output folder."""
-    if accelerator.num_processes == 1:
-        return
-    free = ("output_dir", "num_workers", "num_threads", "store_limit")
-    content = [{name: value for name, value in vars(args).items() if name not in free}, content]
-    digest = int.from_bytes(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:7])
-    digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
-    if len(digests.unique()) > 1:
-        raise ValueError("the processes were started with other arguments, or read other images: start all with the same command and data")
-    if args.sanity_check:  # which writes nothing
-        return
-    probe = args.output_dir / f".shared-{digest:x}"
-    if accelerator.is_main_process:
-        probe.touch()
-    accelerator.wait_for_everyone()
-    seen = probe.exists()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        probe.unlink()
-    if not seen:
-        raise ValueError(f"--output-dir {args.output_dir} is not the folder that the main process writes: all machines must share it")
+        raise UserError(
+            f"the state has seen {position.num_seen} images of its epoch, not a multiple of --batch-size {args.batch_size}"
+        )
 
 
 def list_states(folder: Path) -> list[Path]:
@@ -224,7 +261,9 @@ def list_states(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda p: (p.name[:13], p.stat().st_mtime_ns), reverse=True)
 
 
-def read_newest(folder: Path, *, warn: bool = True) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
+def read_newest(
+    folder: Path, *, warn: bool = True
+) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
     """Path, tensors and header of the newest state whose content has its checksum; a broken one is passed over with a warning."""
     for path in list_states(folder):
         content = path.read_bytes()

@@ -1,0 +1,148 @@
+"""Which images a run uses, and where their pixels are."""
+
+import contextlib
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modeling.data import decoding, store
+from modeling.data.sources import Source
+
+KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
+
+
+IN_MEMORY = 10**9  # bytes of a part of a split that are decoded into memory
+
+
+FINGERPRINT_BYTES = 10**9  # of pixels that a fingerprint reads
+
+
+@dataclass
+class Images:
+    """Images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
+
+    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, sorted, the row of each in the dataset's
+    split, by which its augmentation is drawn; origin is the split's fingerprint by `datasets`, digest what fingerprint() gave.
+    """
+
+    pixels: store.Pixels | decoding.Decoder
+    where: torch.Tensor
+    sizes: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    classes: list[str]
+    origin: str = ""
+    digest: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""
+        sizes, where = self.sizes[positions], self.where[positions]
+        if isinstance(self.pixels, torch.Tensor):
+            return self.pixels[where], sizes
+        height, width = sizes.amax(dim=0).tolist()
+        out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
+        for canvas, image in zip(out, self._pixels_of(where), strict=True):
+            canvas[:, : image.shape[1], : image.shape[2]] = image
+        return out, sizes
+
+    def _pixels_of(self, where: torch.Tensor) -> Iterable[torch.Tensor]:
+        indices = where.tolist()
+        return (
+            self.pixels.take(indices)
+            if isinstance(self.pixels, decoding.Decoder)
+            else (self.pixels[index] for index in indices)
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of sizes, labels and pixels; of more than FINGERPRINT_BYTES of pixels, every so many images."""
+        if self.digest is None:
+            every = -(-3 * int(self.sizes.prod(dim=1).sum()) // FINGERPRINT_BYTES)
+            digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
+            for part in self.where[::every].split(1024):
+                for image in self._pixels_of(part):
+                    digest.update(image.numpy())
+            self.digest = digest.hexdigest()
+        return self.digest
+
+
+def decode(
+    source: Source,
+    split: str,
+    rows: torch.Tensor,
+    *,
+    image_size: int | None,
+    num_workers: int,
+    store_limit: float = math.inf,
+    progress=None,
+) -> Images:
+    """The images of `rows` of the dataset's own `split`, ready to be used.
+
+    More than half of a split, or more than IN_MEMORY bytes, come from the split's store, which is built where it is not there; fewer,
+    or those of a dataset that is in memory, are decoded into memory. A store that would take more than store_limit bytes is not
+    built: its images are decoded each time they are used. Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of
+    image_size, are kept at that (and long sides at three times that). progress(total, description) gives a context with update(n).
+    UserError: an image that cannot be decoded, by name.
+    """
+    keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
+    encoded, num_images = source.encoded(split), len(source.splits[split])
+
+    def read(
+        how: Callable, wanted: Sequence[int], description: str = "decoding", **options: bool
+    ) -> Iterator[Any]:
+        with progress(len(wanted), description, **options) if progress else contextlib.nullcontext() as bar:
+            for result in encoded.map(how, wanted, num_workers):
+                yield result
+                if bar:
+                    bar.update(1)
+
+    def kept_size(cell: dict, where: str) -> tuple[int, int]:
+        return decoding.reduced_size(decoding.read_size(cell, where), keep)[::-1]
+
+    read_image = functools.partial(decoding.read_reduced, short_side=keep)
+    path = store.store_path(source.splits[split], source.image_column, keep)
+    is_stored, image_bytes = path is not None and path.exists(), 0.0
+    if path and not is_stored:
+        sample = rows[:: -(-len(rows) // 256)].tolist()
+        image_bytes = (
+            3 * sum(math.prod(size) for size in encoded.map(kept_size, sample, num_workers)) / len(sample)
+        )
+    if path is None or not (is_stored or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
+        pixels, where = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
+    elif is_stored or image_bytes * num_images <= store_limit:
+        store.build(path, read(read_image, range(num_images), everywhere=True))
+        pixels, where = store.read(path), rows
+    else:
+        pixels, where = decoding.Decoder(encoded, num_workers, keep), rows
+        print(
+            f"Split {split}, {image_bytes * num_images / 1e9:.3g} GB decoded, is above --store-limit: decoded as it is used",
+            flush=True,
+        )
+    if isinstance(pixels, torch.Tensor):
+        sizes = torch.tensor(pixels.shape[2:]).expand(len(rows), 2)
+    elif isinstance(pixels, list):
+        sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
+    else:
+        sizes = torch.tensor(list(read(kept_size, rows.tolist(), "reading sizes")))
+    return Images(
+        pixels,
+        where,
+        sizes,
+        source.labels(split)[rows],
+        rows,
+        source.classes,
+        source.splits[split]._fingerprint,
+    )
+
+
+def native_size(images: Images) -> int:
+    """The side that images have by themselves, in pixels: 224 at most, and 224 where they are not all squares of one size."""
+    side = int(images.sizes[0, 0])
+    return min(side, 224) if bool((images.sizes == side).all()) else 224

@@ -1,0 +1,150 @@
+"""Exact batched resampling, and normalising."""
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_WEIGHT_BITS = 14
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What turns an image into a model's input.
+
+    crop_fraction None: resize to (image_size, image_size), no crop. Else: resize the short side to image_size / crop_fraction,
+    then crop the centre. mean and std are per channel, for pixels in 0..1. interpolation: "bilinear" or "bicubic", antialiased.
+    """
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_fraction: float | None = None
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
+        """What dataclasses.asdict gave, after JSON made lists of its tuples."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def __str__(self) -> str:
+        crop = f"crop {self.crop_fraction:g}" if self.crop_fraction else "no crop"
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        return f"{self.image_size} px, {crop}, {self.interpolation}, mean {mean}, std {std}"
+
+
+def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:
+    x = x.abs_()
+    if interpolation == "bilinear":
+        return x.neg_().add_(1).clamp_(min=0)
+    assert interpolation == "bicubic", interpolation
+    a = -0.5  # Keys' cubic, as Pillow and torch's antialiased resize have it
+    inner = ((a + 2) * x - (a + 3)) * x * x + 1
+    outer = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
+
+
+def _weights(
+    start: torch.Tensor,
+    length: torch.Tensor,
+    side_in: int,
+    side_out: torch.Tensor,
+    out_offset: torch.Tensor,
+    num_out: int,
+    interpolation: str,
+) -> torch.Tensor:
+    """Resampling weights (B, num_out, side_in), multiples of 2**-14: row o is pixel out_offset + o of the box's `side_out` (B,)."""
+    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    ratio = length / side_out.double()[:, None, None]
+    stretch = ratio.clamp(min=1)  # antialias: a wider kernel where the image shrinks
+    out = (
+        torch.arange(num_out, device=start.device).double()[None, :, None]
+        + out_offset.double()[:, None, None]
+    )
+    pixel = torch.arange(side_in, device=start.device).double()[None, None, :] - start
+    weights = _kernel((pixel + 0.5) / stretch - (out + 0.5) * (ratio / stretch), interpolation)
+    weights = weights.mul_((pixel >= 0) & (pixel < length))
+    weights = weights.mul_(2**_WEIGHT_BITS / weights.sum(dim=2, keepdim=True)).round_()
+    return weights.float().mul_(2**-_WEIGHT_BITS)
+
+
+@contextlib.contextmanager
+def _all_bits_of_float32():
+    """No TF32 inside, whatever is set outside: it has 11 bits, and the sums here need 24."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def resample(
+    images: torch.Tensor,
+    boxes: torch.Tensor,
+    scaled: torch.Tensor,
+    offsets: torch.Tensor,
+    size: int,
+    flip: torch.Tensor,
+    interpolation: str,
+) -> torch.Tensor:
+    """Scale a box of each image, take a square window of the result, mirror it where asked.
+
+    images (B, C, H, W); on any device, boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
+    scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) float32.
+    """
+    B, C, H, W = images.shape
+    boxes, scaled, offsets, flip = (
+        t.to(images.device, non_blocking=True) for t in (boxes, scaled, offsets, flip)
+    )
+    rows = _weights(
+        boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation
+    )  # (B, S, H)
+    cols = _weights(
+        boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation
+    )  # (B, S, W)
+    cols = torch.where(flip[:, None, None], cols.flip(1), cols)
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        x = x.add_(0.5).floor_()
+        return x.clamp_(0, 255) if interpolation == "bicubic" else x  # which overshoots
+
+    lines = images.permute(0, 2, 1, 3).float().contiguous()
+    with _all_bits_of_float32():
+        out = whole(lines.view(B, H * C, W) @ cols.transpose(1, 2))  # (B, H * C, S)
+        out = whole(rows @ out.view(B, H, C * size))  # (B, S, C * S)
+    return out.view(B, size, C, size).permute(0, 2, 1, 3)
+
+
+def resize(
+    images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2), on the CPU, from the top left -> (B, C, S, S), as at evaluation."""
+    size = prep.image_size
+    flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
+    if prep.crop_fraction is None:
+        scaled = torch.full_like(sizes, size)
+    else:
+        short = math.floor(size / prep.crop_fraction)
+        scaled = sizes * short // sizes.amin(dim=1, keepdim=True)  # torchvision's rounding of the long side
+    if images.shape[2:] == (size, size) and bool((sizes == size).all() and (scaled == size).all()):
+        flip = flip.to(images.device, non_blocking=True)
+        return torch.where(flip[:, None, None, None], images.flip(3), images)  # untouched where it is equal
+    # Half a pixel goes as Python's round, torchvision's centre crop, has it: to the even side.
+    offsets = torch.round((scaled - size) / 2).long()
+    boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
+    return resample(images, boxes, scaled, offsets, size, flip, prep.interpolation)
+
+
+def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
+    """Pixels 0..255 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
+    mean, std = torch.tensor(prep.mean)[:, None, None], torch.tensor(prep.std)[:, None, None]
+    shift, scale = (t.to(images.device, non_blocking=True) for t in (-mean / std, 1 / (255 * std)))
+    return torch.addcmul(shift, images.float(), scale)
+
+
+def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
+    """The model's input at evaluation: (B, C, H, W) uint8 and, on the CPU, their sizes (B, 2) -> (B, C, S, S) float32."""
+    return normalize(resize(images, sizes, prep), prep)

@@ -1,0 +1,128 @@
+"""A model's first weights: from the hub or a file."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modeling.data.resize import Preprocessing
+from modeling.errors import UserError
+from modeling.files import HEADER_KEY, open_safetensors, read_tensors
+from modeling.hub import download
+from modeling.models.backbones import ViTLinearProbe, pretrained_config, timm_name
+
+HUB_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's first weights come from: a file or none (random), its name and hub commit, and the input that it wants."""
+
+    path: Path | None = None
+    source: str = "random"
+    revision: str | None = None
+    preprocessing: Preprocessing | None = None
+
+    def __str__(self) -> str:
+        return self.source + (f" at {self.revision[:7]}" if self.revision else "")
+
+
+def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
+    """Find, and download where needed, the file that --weights means: default, none, hf-hub:ORG/NAME[@REVISION], or a file's path.
+
+    Its preprocessing is what the file's own header says where it is a checkpoint of ours, else the repository's config.json, else
+    timm's record of the model. UserError: no such file or repository, no safetensors file in it, or one of another architecture.
+    """
+    own = None if from_scratch else _preprocessing(vars(pretrained_config(model)))
+    if wanted == "none" or (wanted == "default" and from_scratch):
+        return Weights(preprocessing=own)
+    if wanted != "default" and not wanted.startswith("hf-hub:"):
+        path = Path(wanted).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"--weights {wanted}: no such file; give default, none, hf-hub:ORG/NAME or a safetensors file"
+            )
+        with open_safetensors(path) as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "{}"))
+        return Weights(
+            path, wanted, None, Preprocessing.from_json(header["preprocessing"]) if header else own
+        )
+    hub_id = pretrained_config(model).hf_hub_id if wanted == "default" else wanted.removeprefix("hf-hub:")
+    if not hub_id:
+        raise UserError(
+            f"timm has no hub weights for {model}: give --weights FILE.safetensors, or --weights none for random ones"
+        )
+    hub_id, _, revision = hub_id.partition("@")
+    folder = download(hub_id, repo_type="model", revision=revision or None, files=[HUB_FILE, "config.json"])
+    if not (folder / HUB_FILE).exists():
+        raise UserError(
+            f"model {hub_id} has no {HUB_FILE}: give --weights FILE.safetensors, or --weights none for random ones"
+        )
+    if wanted != "default" and (folder / "config.json").exists():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        except ValueError as error:
+            raise UserError(
+                f"the config.json of model {hub_id} is broken ({error}): give --weights FILE.safetensors"
+            ) from error
+        architecture = config.get("architecture", "")
+        if from_scratch or architecture.split(".")[0] != timm_name(model).split(".")[0]:
+            raise UserError(
+                f"model {hub_id} is a {architecture or 'model of another library'}, not {model}: choose --model timm/NAME"
+            )
+        own = _preprocessing(vars(pretrained_config(model)) | config.get("pretrained_cfg", {}))
+    return Weights(folder / HUB_FILE, hub_id, folder.name, own)
+
+
+def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    return Preprocessing(
+        image_size=config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_fraction=config["crop_pct"],
+        interpolation="bilinear" if config["interpolation"] == "bilinear" else "bicubic",
+    )
+
+
+def head_keys(model: nn.Module) -> list[str]:
+    """The keys of the last layer, or of the two of a distilled model, whose shape follows the classes."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    heads = (
+        config.get("classifier")
+        or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+    )
+    heads = (heads,) if isinstance(heads, str) else heads
+    return [key for key in model.state_dict() if key.startswith(tuple(f"{head}." for head in heads))]
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a local file of timm or of ours into `model`; a head of other classes is left as it is. UserError: keys or shapes differ."""
+    state, _ = read_tensors(path)
+    target = model.state_dict()
+    probe = isinstance(model, ViTLinearProbe)
+    if not (probe and any(key.startswith("backbone.") for key in state)):
+        backbone = model.backbone if probe else model
+        adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        state = (
+            adapt(state, backbone) if adapt else state
+        )  # timm's own: fits position embeddings to another image size
+        if probe:
+            state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("head.")}
+    for key in head_keys(model):
+        if key not in state or state[key].shape != target[key].shape:
+            state[key] = target[key]
+    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
+    misshapen = sorted(k for k in target.keys() & state.keys() if target[k].shape != state[k].shape)
+    for what, keys in (
+        ("lacks", missing),
+        ("has unexpected", unexpected),
+        ("has other shapes of", misshapen),
+    ):
+        if keys:
+            raise UserError(
+                f"{path} does not fit the model: it {what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+            )
+    model.load_state_dict(state)

@@ -1,0 +1,136 @@
+"""Checkpoints: one safetensors file that describes itself, written so that a kill leaves the old file or the new one, whole."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from modeling.data.resize import Preprocessing
+from modeling.errors import UserError
+from modeling.files import HEADER_KEY, atomic_write, open_safetensors, read_tensors
+from modeling.models import build_model
+from modeling.models.weights import Weights
+
+FORMAT_VERSION = 1
+
+
+UNRELATED_ARGUMENTS = {
+    "output_dir",
+    "num_workers",
+    "store_limit",
+    "checkpoint_every",
+    "resume",
+    "force",
+}  # they change nothing of what is computed
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def git_commit() -> str | None:
+    """The commit of this project's checkout, with -dirty where tracked files differ from it; None outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+        )
+    except OSError:
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    names = (
+        "torch",
+        "torchvision",
+        "timm",
+        "accelerate",
+        "datasets",
+        "safetensors",
+        "scikit-learn",
+        "numpy",
+        "pillow",
+    )
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def make_header(
+    *,
+    model: dict[str, Any],
+    classes: list[str],
+    preprocessing: Preprocessing,
+    arguments: dict[str, Any],
+    dataset: dict[str, Any],
+    weights: Weights,
+) -> dict[str, Any]:
+    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, data, first weights, versions."""
+    return {
+        "model": model,
+        "classes": classes,
+        "preprocessing": dataclasses.asdict(preprocessing),
+        "arguments": {name: value for name, value in arguments.items() if name not in UNRELATED_ARGUMENTS},
+        "dataset": dataset,
+        "weights": {"source": weights.source, "revision": weights.revision},
+        "versions": versions(),
+        "git_commit": git_commit(),
+    }
+
+
+def save_checkpoint(
+    path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
+) -> None:
+    """Write weights and a header of JSON values. What depends on time goes to `clock`: the rest is reproducible, bit for bit."""
+    clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
+    header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    with atomic_write(path) as file:
+        file.write(
+            safetensors.torch.save(
+                state, metadata={HEADER_KEY: json.dumps(header, allow_nan=False, sort_keys=True)}
+            )
+        )
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. UserError: not a whole safetensors file, or not one of ours."""
+    with open_safetensors(Path(path)) as file:
+        return _parse(Path(path), file.metadata() or {})
+
+
+def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if HEADER_KEY not in metadata:
+        raise UserError(
+            f"{path} holds weights but no description of a model: give a checkpoint that train.py wrote"
+        )
+    header = json.loads(metadata[HEADER_KEY])
+    if header["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {header['format_version']}, newer than this program's {FORMAT_VERSION}: update it"
+        )
+    return header
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in eval mode, rebuilt from the file alone, and the header: model, classes, preprocessing, arguments, dataset, metrics.
+
+    UserError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
+    """
+    state, metadata = read_tensors(Path(path))
+    header = _parse(Path(path), metadata)
+    model = build_model(**header["model"])
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        raise UserError(
+            f"{path} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return model.eval(), header

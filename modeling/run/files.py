@@ -1,0 +1,89 @@
+"""Every file name of a run, in one place."""
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+from modeling.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of the run `run` under `output_dir`. Nothing is created here; a path may not exist."""
+
+    output_dir: Path
+    run: str
+
+    def __post_init__(self):
+        if not self.run or self.run.startswith(".") or Path(self.run).name != self.run:
+            raise UserError(
+                f"--run-name {self.run!r} must be a plain file name, without folders or a leading dot"
+            )
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best epoch on validation."""
+        return self.output_dir / "checkpoints" / f"{self.run}_best.safetensors"
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint of the last epoch."""
+        return self.output_dir / "checkpoints" / f"{self.run}_final.safetensors"
+
+    @property
+    def states(self) -> Path:
+        """The folder of the states to resume from."""
+        return self.output_dir / "checkpoints" / f"{self.run}_state"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of TensorBoard's events and metrics.jsonl."""
+        return self.output_dir / "runs" / self.run
+
+    def evaluations(self) -> list["EvaluationFiles"]:
+        """What evaluate.py may have written of this run: it names files after the run or after a checkpoint."""
+        traces = self.output_dir / "traces"
+        return [EvaluationFiles(traces, name) for name in (self.run, self.best.stem, self.final.stem)]
+
+    def all(self) -> list[Path]:
+        """Every path that belongs to this run, whether it exists or not."""
+        paths = [self.best, self.final, self.states, self.logs]
+        for evaluation in self.evaluations():
+            paths += evaluation.all()
+        return paths
+
+    def move_aside(self) -> Path | None:
+        """Move the files of an older run of this name to previous/{run}-{time}/. Return that folder, or None if there were none."""
+        old_paths = [path for path in self.all() if path.exists()]
+        if not old_paths:
+            return None
+        time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        folder = self.output_dir / "previous" / f"{self.run}-{time}"
+        for path in old_paths:
+            target = folder / path.relative_to(self.output_dir)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return folder
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """The files that evaluate.py writes for one checkpoint. `name` is the run's name, or the checkpoint's stem."""
+
+    folder: Path
+    name: str
+
+    @property
+    def confusion_matrix(self) -> Path:
+        return self.folder / f"confusion_matrix_{self.name}.png"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / f"classification_report_{self.name}.txt"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / f"predictions_{self.name}.csv"
+
+    def all(self) -> list[Path]:
+        return [self.confusion_matrix, self.report, self.predictions]

@@ -1,0 +1,144 @@
+"""Processes, threads, precision, and the agreement of the ranks."""
+
+import ctypes
+import datetime
+import hashlib
+import json
+import os
+import sys
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.distributed import PrefixStore, TCPStore
+
+from modeling.errors import UserError
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # while one process downloads the others wait
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) -> accelerate.Accelerator:
+    """Set the threads, join the other processes, and silence all but the main one. UserError: what this machine cannot do."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    omp = os.environ.get("OMP_NUM_THREADS")
+    if num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
+        torch.set_num_threads(
+            num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
+    keep_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # a second run in one Python may choose another precision
+    # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
+    on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt and world_size > 1:
+        _join_again(attempt, world_size)
+    patience = accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience]
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"{world_size} processes were launched, but they do not see each other: each is one of {accelerator.num_processes}; "
+            "launch with a file of accelerate_configs/, or with torchrun"
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
+    if not is_main_process():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step: by default large tensors go back to the system, and come back as zeroed pages."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _join_again(attempt: int, world_size: int) -> None:
+    """Join the group of a restarted job under keys of its own: the launcher's store still has the addresses of the ended processes.
+
+    https://github.com/pytorch/pytorch/issues/135712
+    """
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        world_size,
+        is_master=False,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+
+
+def refuse_processes() -> None:
+    """UserError: this is one of several processes, in a script that is for one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this script is for one process: start it with python, or launch it with --num_processes 1"
+        )
+
+
+def precision_text(accelerator: accelerate.Accelerator) -> str:
+    """The precision, and where the hardware has fast bf16 that is off, that it has."""
+    precision, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
+    capabilities = torch.cpu.get_capabilities()
+    fast = (
+        capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        if on_cpu
+        else torch.cuda.is_bf16_supported(False)
+    )
+    hint = f" (this {'CPU' if on_cpu else 'GPU'} has fast bf16: --mixed-precision bf16)"
+    return f"precision {precision}{hint if precision == 'no' and fast else ''}"
+
+
+def check_agreement(accelerator: Accelerator, args, content: list[Any]) -> None:
+    """UserError: the processes have other arguments or images than the main one, or do not see its output folder."""
+    if accelerator.num_processes == 1:
+        return
+    free = ("output_dir", "num_workers", "num_threads", "store_limit")
+    content = [{name: value for name, value in vars(args).items() if name not in free}, content]
+    digest = int.from_bytes(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:7])
+    digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
+    if len(digests.unique()) > 1:
+        raise UserError(
+            "the processes were started with other arguments, or read other images: start all with the same command and data"
+        )
+    if args.sanity_check:  # which writes nothing
+        return
+    probe = args.output_dir / f".shared-{digest:x}"
+    if accelerator.is_main_process:
+        probe.touch()
+    accelerator.wait_for_everyone()
+    seen = probe.exists()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        probe.unlink()
+    if not seen:
+        raise UserError(
+            f"--output-dir {args.output_dir} is not the folder that the main process writes: all machines must share it"
+        )
