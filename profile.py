@@ -69,7 +69,7 @@ else:
         size = args.image_size or models.default_image_size(name) or native_size(images)
         recipe = recipes.get_recipe(name, size, args.recipe)
         model_args = models.model_arguments(name, recipe, image_size=size, patch_size=None, head_dropout=None)
-        objective = StepSettings(
+        step_settings = StepSettings(
             preprocessing=models.preprocessing(name, recipe, size),
             augment=recipe.augment,
             label_smoothing=recipe.label_smoothing,
@@ -84,7 +84,7 @@ else:
                 name,
                 models.build_model(name, num_classes=len(images.classes), image_size=size, **model_args),
                 images,
-                objective,
+                step_settings,
                 accelerator=accelerator,
                 optimizer=recipe.optimizer,
                 lr=recipe.lr,

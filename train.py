@@ -1,44 +1,57 @@
-"""Train an image classifier: arguments -> recipe -> data -> model -> prepare -> the loop -> final evaluation.
+"""Train an image classifier: flags -> settings -> data -> model -> prepare -> the loop -> final test.
 
-    accelerate launch train.py --model vit --lr 0.01                                                      # on what there is
-    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml train.py --model vit           # one GPU
-    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit --resume   # many
+    python train.py --model cnn_small --dataset digits                                                   # CPU
+    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml train.py --model vit         # one GPU
+    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit --resume # many GPUs
 
-Writes checkpoints/{run}_best.safetensors, {run}_final.safetensors and {run}_state/ (to --resume from), and runs/{run}/ for
-TensorBoard, under --output-dir.
+Under --output-dir it writes checkpoints/{run}_best.safetensors, {run}_final.safetensors and {run}_state/ (to --resume from), and
+runs/{run}/ with TensorBoard's events and metrics.jsonl.
 """
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import itertools
 import math
 import os
 import sys
 import time
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from modeling import cli, features, models, randomness, recipes
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
 from modeling.data.images import Images, decode, native_size
 from modeling.data.sources import Source, default_val_fraction, is_stl10, load_source, select_rows, stratified
-from modeling.engine import StepSettings, complete_view, evaluate_model, fix_ddp_bucket_order, train_step
+from modeling.engine import (
+    NOT_FINITE_HELP,
+    NonFiniteGuard,
+    StepSettings,
+    evaluate_model,
+    fix_ddp_bucket_order,
+    train_step,
+)
 from modeling.errors import UserError
+from modeling.models.weights import Weights
 from modeling.optim import Ema, build_optimizer, learning_rate
 from modeling.progress import Progress
+from modeling.recipes import MAY_DIFFER, Settings
 from modeling.run import checkpoint, preemption, state, tracking
 from modeling.run.files import RunFiles
-from modeling.run.launch import check_agreement, make_accelerator, precision_text
+from modeling.run.launch import check_agreement, check_shared_folder, make_accelerator, precision_text
 from modeling.sanity import sanity_check
 
-CHECK_EVERY = 20  # steps between looks at the flag that a loss was not finite: each look waits for the device
-NOT_FINITE_HELP = "use a lower --lr, --warmup-epochs 1 or --clip-grad 1"
+CHECK_EVERY = 20  # steps between looks at the guard against non-finite losses: each look waits for the device
+EVAL_BATCH_SIZE = 64
 BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
+
+
+# ---- Flags ------------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> cli.Parser:
@@ -213,331 +226,527 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def resolve(args: argparse.Namespace, recipe: recipes.Recipe) -> None:
-    """Fill the flags that the user did not give from the recipe."""
-    for field in fields(recipe):
-        if getattr(args, field.name, 0) is None:
-            setattr(args, field.name, getattr(recipe, field.name))
+# ---- Data and settings ------------------------------------------------------------------------------------------
 
 
-def choose_image_size(args: argparse.Namespace, images: Images) -> int:
-    """For a model from scratch the images' own size, and 224 for the reference recipes on STL-10."""
-    published = 224 if args.recipe == "reference" and is_stl10(args.dataset) else None
-    return published or native_size(images)
+def load_images(
+    source: Source, args: argparse.Namespace, *, image_size: int | None, val_fraction: float
+) -> dict[str, Images]:
+    """Decode every image that the run will use. image_size: the model's input side in pixels, where it is known by now."""
+    splits = ["train"]
+    if not args.sanity_check:
+        splits += ["validation", *(["test"] if "test" in source.splits else [])]
+    images = {}
+    for split in splits:
+        source_split, rows = select_rows(
+            source,
+            split,
+            val_fraction=val_fraction,
+            seed=args.seed,
+            limit_train=args.limit_train,
+            limit_eval=args.limit_eval,
+        )
+        images[split] = decode(
+            source,
+            source_split,
+            rows,
+            image_size=image_size,
+            num_workers=args.num_workers,
+            store_limit=1e9 * args.store_limit,
+            progress=Progress,
+        )
+    return images
 
 
-def load_images(args: argparse.Namespace, size: int | None) -> tuple[Source, dict[str, Images]]:
-    """Decode every image that the run will use, at the model's `size` where that is known by now."""
-    source = load_source(args.dataset)
-    args.val_fraction = args.val_fraction or default_val_fraction(args.dataset)
-    limits = dict(limit_train=args.limit_train, limit_eval=args.limit_eval)
-    wanted = (
-        ["train"]
-        if args.sanity_check
-        else ["train", "validation", *(["test"] if "test" in source.splits else [])]
-    )
-    rows = {
-        split: select_rows(source, split, val_fraction=args.val_fraction, seed=args.seed, **limits)
-        for split in wanted
-    }
-    own, train_rows = rows["train"]
-    trained = set(source.labels(own)[train_rows].tolist())
-    untrained = [name for number, name in enumerate(source.classes) if number not in trained]
+def warn_of_untrained_classes(source: Source, train: Images) -> None:
+    trained = set(train.labels.tolist())
+    untrained = [repr(name) for number, name in enumerate(source.classes) if number not in trained]
     if untrained:
-        print(
-            f"No training image has the class {', '.join(map(repr, untrained[:5]))}{' ...' if len(untrained) > 5 else ''}."
+        more = " ..." if len(untrained) > 5 else ""
+        print(f"No training image has the class {', '.join(untrained[:5])}{more}.")
+
+
+def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
+    """The input side of a model from scratch: the images' own, but 224 px for the reference recipes on STL-10."""
+    return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
+
+
+# ---- Everything the loop works with -----------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One training run. raw_model is the model without DDP and compilation; both share their weights."""
+
+    settings: Settings
+    step_settings: StepSettings
+    accelerator: Accelerator
+    images: dict[str, Images]
+    weights: Weights
+    model: torch.nn.Module
+    raw_model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    guard: NonFiniteGuard
+    header: dict[str, Any]
+    files: RunFiles
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self.images["train"])
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update number `step` (from 0)."""
+        return learning_rate(
+            step,
+            base=self.settings.lr,
+            total_steps=self.settings.total_steps,
+            warmup_steps=round(self.settings.warmup_epochs * self.settings.steps_per_epoch),
+            schedule=self.settings.schedule,
         )
-    if args.sanity_check:
-        count = args.num_batches * (
-            args.batch_size or recipes.get_recipe(args.model, args.image_size or 224, args.recipe).batch_size
-        )
-        chosen = stratified(
-            source.labels(own)[train_rows], min(count, len(train_rows)), args.seed, randomness.SUBSET
-        )
-        rows["train"] = own, train_rows[chosen]
-    options = dict(
-        image_size=size, num_workers=args.num_workers, store_limit=1e9 * args.store_limit, progress=Progress
+
+
+def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Run:
+    """Turn flags into settings, images, a model and an optimizer, and prepare these for the hardware."""
+    # Data: the model's weights decide the image size, which decides how large the images are kept.
+    files = RunFiles(
+        args.output_dir, models.file_name(args.model) if args.run_name is None else args.run_name
     )
-    images = {split: decode(source, own, r, **options) for split, (own, r) in rows.items()}
-    return source, images
+    if not args.sanity_check:
+        cli.check_output_dir(args.output_dir, "checkpoints", "runs")
+    weights = models.find_weights(args.model, args.weights)
+    image_size = args.image_size or models.default_image_size(args.model, weights)
+    source = load_source(args.dataset)
+    val_fraction = args.val_fraction or default_val_fraction(args.dataset)
+    images = load_images(source, args, image_size=image_size, val_fraction=val_fraction)
+    warn_of_untrained_classes(source, images["train"])
+    image_size = image_size or choose_image_size(
+        recipe=args.recipe, dataset=args.dataset, images=images["train"]
+    )
+
+    # Model: its first weights are a function of the seed alone.
+    recipe = recipes.get_recipe(args.model, image_size, args.recipe)
+    model_args = models.model_arguments(
+        args.model,
+        recipe,
+        image_size=image_size,
+        patch_size=args.patch_size,
+        head_dropout=args.head_dropout,
+    )
+    model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": image_size}
+    use_deterministic_algorithms(args.deterministic)
+    torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
+    raw_model = models.build_model(**model_args, weights=weights.path)
+
+    # Settings: from here on the flags are not read any more.
+    settings = recipes.resolve(
+        vars(args),
+        recipe,
+        run_name=files.run,
+        image_size=image_size,
+        model_args=model_args,
+        val_fraction=val_fraction,
+        num_train_images=len(images["train"]),
+        is_linear_probe=isinstance(raw_model, models.ViTLinearProbe),
+        mixed_precision=accelerator.mixed_precision,
+        num_threads=torch.get_num_threads(),
+    )
+    if settings.batch_size < accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image"
+        )
+    step_settings = StepSettings(
+        preprocessing=models.preprocessing(args.model, recipe, image_size, weights),
+        augment=settings.augment,
+        label_smoothing=settings.label_smoothing,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        clip_grad=settings.clip_grad,
+        seed=settings.seed,
+    )
+    fingerprint = images["train"].fingerprint()
+    same_everywhere = {
+        name: value for name, value in vars(args).items() if not may_differ_between_processes(name)
+    }
+    check_agreement(accelerator, [same_everywhere, fingerprint, model_args])
+    if not args.sanity_check:
+        check_shared_folder(accelerator, args.output_dir)
+
+    # Prepare, once: accelerate moves the model to its device and wraps it for several processes.
+    optimizer = build_optimizer(
+        settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    model, optimizer = accelerator.prepare(raw_model, optimizer)
+    fix_ddp_bucket_order(accelerator, model, image_size)
+    header = checkpoint.make_header(
+        model=model_args,
+        classes=source.classes,
+        preprocessing=step_settings.preprocessing,
+        arguments=settings.recorded(),
+        dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
+        weights=weights,
+    )
+    return Run(
+        settings=settings,
+        step_settings=step_settings,
+        accelerator=accelerator,
+        images=images,
+        weights=weights,
+        model=torch.compile(model) if settings.compile else model,
+        raw_model=raw_model,
+        optimizer=optimizer,
+        ema=Ema(raw_model, settings.ema) if settings.ema else None,
+        guard=NonFiniteGuard(accelerator),
+        header=header,
+        files=files,
+    )
 
 
-def describe(
-    args: argparse.Namespace,
-    accelerator,
-    images: dict[str, Images],
-    model,
-    weights,
-    preprocessing,
-    total_steps,
-) -> str:
+def may_differ_between_processes(flag: str) -> bool:
+    return flag in MAY_DIFFER and MAY_DIFFER[flag].between_processes
+
+
+def use_deterministic_algorithms(deterministic: bool) -> None:
+    """Let torch use only deterministic algorithms, and raise an error where an operator has none."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first use
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def describe(run: Run) -> str:
     """What a person wants to see before a long run starts."""
-    total, trainable = models.count_parameters(model)
-    counts = ", ".join(f"{len(part):,} {split}" for split, part in images.items())
-    accumulation, processes = args.gradient_accumulation_steps, accelerator.num_processes
-    micro = math.ceil(args.batch_size / accumulation / processes)
-    threads = f"{processes} process{'es' if processes > 1 else ''} of {torch.get_num_threads()} threads"
+    settings, processes = run.settings, run.accelerator.num_processes
+    num_parameters, num_trainable = models.count_parameters(run.raw_model)
+    counts = ", ".join(f"{len(images):,} {split}" for split, images in run.images.items())
+    accumulation = settings.gradient_accumulation_steps
+    micro_batch = math.ceil(settings.batch_size / accumulation / processes)
+    plural = "es" if processes > 1 else ""
     return "\n".join(
         [
-            f"model      {args.model}, weights {weights}: {total:,} parameters, {trainable:,} trainable",
-            f"input      {preprocessing}",
-            f"data       {args.dataset}: {counts}; augment {args.augment}",
-            f"batch      {args.batch_size} = processes {processes} x accumulation {accumulation} x micro-batch {micro}",
-            f"optimizer  {args.optimizer}, lr {args.lr:g}, weight decay {args.weight_decay:g}, {args.schedule}, recipe {args.recipe}",
-            f"length     {args.epochs} epochs, {total_steps:,} steps",
-            f"hardware   {accelerator.device.type}, {threads}, {precision_text(accelerator)}",
+            f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, {num_trainable:,} trainable",
+            f"input      {run.step_settings.preprocessing}",
+            f"data       {settings.dataset}: {counts}; augment {settings.augment}",
+            f"batch      {settings.batch_size} = processes {processes} x accumulation {accumulation} "
+            f"x micro-batch {micro_batch}",
+            f"optimizer  {settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+            f"{settings.schedule}, recipe {settings.recipe}; last step's lr {run.learning_rate(settings.total_steps - 1):.3g}",
+            f"length     {settings.epochs} epochs, {settings.total_steps:,} steps",
+            f"hardware   {run.accelerator.device.type}, {processes} process{plural} of {settings.num_threads} threads, "
+            f"{precision_text(run.accelerator)}",
         ]
     )
 
 
-def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    # ---- arguments, recipe, data -----------------------------------------------------------------------------------------------
-    models.check_model_name(args.model)
-    run = args.run_name = models.file_name(args.model) if args.run_name is None else args.run_name
-    run_files = RunFiles(args.output_dir, run)
-    accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
-    if not args.sanity_check:
-        cli.check_output_dir(args.output_dir, "checkpoints", "runs")
-    weights = models.find_weights(args.model, args.weights)
-    size = args.image_size or models.default_image_size(args.model, weights)
-    source, images = load_images(args, size)
-    args.image_size = size or choose_image_size(args, images["train"])
-    recipe = recipes.get_recipe(args.model, args.image_size, args.recipe)
-    args.schedule, asked_views = recipe.schedule, args.feature_views is not None
-    resolve(args, recipe)
-    if args.batch_size < accelerator.num_processes:
-        raise UserError(
-            f"--batch-size {args.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image"
+def check_sanity(run: Run, num_batches: int) -> dict[str, Any]:
+    """Only see whether the model can overfit `num_batches` batches of training images."""
+    train, settings = run.images["train"], run.settings
+    count = min(num_batches * settings.batch_size, len(train))
+    chosen = stratified(train.labels, count, settings.seed, randomness.SUBSET)
+    result = sanity_check(
+        run.accelerator,
+        run.model,
+        run.raw_model,
+        run.optimizer,
+        train.subset(chosen),
+        run.step_settings,
+        model_name=settings.model,
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        lr=settings.lr,
+        max_steps=settings.max_steps,
+    )
+    return dataclasses.asdict(result)
+
+
+# ---- A new run, or the rest of one ------------------------------------------------------------------------------
+
+
+class Progression:
+    """What changes while a run goes on: its state, its sums of the epoch, its logs, the features of a frozen backbone."""
+
+    def __init__(self, run: Run):
+        settings = run.settings
+        arguments = {
+            name: value for name, value in settings.recorded().items() if not may_differ_on_resume(name)
+        }
+        arguments["training images"] = run.header["dataset"]["train_sha256"][:8]
+        arguments["model"] = run.header["model"]
+        self.run = run
+        self.states = state.States(
+            run.files.states,
+            accelerator=run.accelerator,
+            model=run.raw_model,
+            optimizer=run.optimizer,
+            ema=run.ema,
+            arguments=arguments,
+        )
+        self.state, self.totals = state.restore_or_begin(
+            self.states, run.files, resume=settings.resume, force=settings.force
+        )
+        is_recorded = self.state.finished or self.state.num_seen == 0  # the log has its last step's records
+        state.apply_forced_arguments(
+            self.state,
+            self.totals,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            batch_size=settings.batch_size,
+            num_train_images=run.num_train_images,
+            arguments_differ=self.states.arguments_differ,
+        )
+        self.probe_features = open_features(run)  # of the backbone that was just restored
+        self.tracker = tracking.Tracker(
+            run.files.logs,
+            enabled=run.accelerator.is_main_process,
+            first_step=self.state.step + is_recorded,
+            log_bytes=self.state.log_bytes,
+        )
+        self.started = time.monotonic() - self.state.seconds
+        num_full_epochs, rest = divmod(settings.total_steps, settings.steps_per_epoch)
+        self.progress = Progress(
+            num_full_epochs * run.num_train_images + rest * settings.batch_size,
+            "epoch",
+            done=self.state.epoch * run.num_train_images + self.state.num_seen,
         )
 
-    # ---- model and optimizer ---------------------------------------------------------------------------------------------------
-    if args.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-        torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(args.deterministic)
-    model_args = models.model_arguments(
-        args.model,
-        recipe,
-        image_size=args.image_size,
-        patch_size=args.patch_size,
-        head_dropout=args.head_dropout,
+    def save(self) -> None:
+        """Save a state to resume from. All processes call this; the main one writes."""
+        self.run.guard.check()  # a state with a loss that was not finite is worth nothing
+        self.state.log_bytes = self.tracker.flush()
+        self.state.seconds = time.monotonic() - self.started
+        self.states.save(self.state, self.totals)
+
+    def features_of(self, split: str) -> torch.Tensor | None:
+        """The kept features (N, D) of a split, as evaluation sees its images; None for a model that is not a probe."""
+        return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
+
+
+def may_differ_on_resume(flag: str) -> bool:
+    return flag in MAY_DIFFER and MAY_DIFFER[flag].on_resume
+
+
+def open_features(run: Run) -> features.ProbeFeatures | None:
+    """The kept features of a linear probe; None for any other model."""
+    if not isinstance(run.raw_model, models.ViTLinearProbe):
+        return None
+    probe_features = features.ProbeFeatures(
+        run.accelerator,
+        run.raw_model,
+        run.images,
+        run.step_settings.preprocessing,
+        augment_name=run.settings.augment,
+        seed=run.settings.seed,
+        batch_size=run.settings.batch_size,
+        accumulation=run.settings.gradient_accumulation_steps,
+        num_views=run.settings.feature_views,
+        mixes=run.step_settings.mixes,
     )
-    model_args |= {"name": args.model, "num_classes": len(source.classes), "image_size": args.image_size}
-    torch.manual_seed(randomness.seed(args.seed, randomness.INIT))
-    raw_model = models.build_model(**model_args, weights=weights.path)
-    features.choose_views(args, raw_model, asked=asked_views)
-    optimizer = build_optimizer(args.optimizer, raw_model, lr=args.lr, weight_decay=args.weight_decay)
-    objective = StepSettings(
-        preprocessing=models.preprocessing(args.model, recipe, args.image_size, weights),
-        augment=args.augment,
-        label_smoothing=args.label_smoothing,
-        mixup=args.mixup,
-        cutmix=args.cutmix,
-        clip_grad=args.clip_grad,
-        seed=args.seed,
+    print(f"features   are kept in {probe_features.folder}", flush=True)
+    return probe_features
+
+
+# ---- The loop ---------------------------------------------------------------------------------------------------
+
+
+def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
+    """Train on the images of an epoch that `now.state` has not seen yet, each image once."""
+    settings, current = run.settings, now.state
+    run.model.train()
+    now.progress.describe(f"epoch {epoch + 1}/{settings.epochs}")
+    steps = training_steps(
+        run.images["train"],
+        seed=settings.seed,
+        epoch=epoch,
+        batch_size=settings.batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        rank=run.accelerator.process_index,
+        world_size=run.accelerator.num_processes,
+        mix=run.step_settings.mixes,
+        start=math.ceil(current.num_seen / settings.batch_size),
+        features=now.probe_features.of_epoch(epoch, signals.check) if now.probe_features else None,
+    )
+    for micro_batches in itertools.islice(steps, settings.total_steps - current.step):
+        num_images = min(settings.batch_size, run.num_train_images - current.num_seen)
+        step_totals = train_step(
+            run.accelerator,
+            run.model,
+            run.optimizer,
+            micro_batches,
+            epoch=epoch,
+            step=current.step,
+            lr=run.learning_rate(current.step),
+            num_images=num_images,
+            step_settings=run.step_settings,
+        )
+        now.totals += step_totals
+        run.guard.watch(current.step, step_totals[0])
+        if run.ema:
+            run.ema.update(run.raw_model)
+        current.step += 1
+        current.num_seen += num_images
+        now.progress.update(num_images)
+        signals.check()  # all ranks, every step
+        if current.step % CHECK_EVERY == 0:  # all ranks
+            run.guard.check()
+        if (
+            settings.checkpoint_every and current.step % settings.checkpoint_every == 0
+        ):  # all ranks; the main one writes
+            now.save()
+
+
+def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
+    """Validate, keep the checkpoint of the best epoch, and record the epoch. Once an epoch, all ranks; the main one writes."""
+    settings, current = run.settings, now.state
+    run.guard.check()
+    loss_sum, num_correct = run.accelerator.gather(now.totals[None]).sum(dim=0).tolist()
+    record = {
+        "train_loss": loss_sum / current.num_seen,
+        "train_accuracy": num_correct / current.num_seen,
+        "learning_rate": run.learning_rate(current.step - 1),
+    }
+
+    # The averaged weights, where there is an average, are what is validated and kept.
+    with run.ema.swapped_in(run.raw_model) if run.ema else contextlib.nullcontext():
+        scores = evaluate_model(
+            run.raw_model,
+            run.images["validation"],
+            run.step_settings.preprocessing,
+            batch_size=EVAL_BATCH_SIZE,
+            accelerator=run.accelerator,
+            progress=signals.check,
+            features=now.features_of("validation"),
+        )
+        if not math.isfinite(scores["loss"]):
+            raise FloatingPointError(
+                f"the validation loss was not finite after step {current.step}: {NOT_FINITE_HELP}"
+            )
+        is_best, is_last = judge_epoch(settings, current, epoch, scores)
+        header = run.header | {"epoch": epoch + 1, "step": current.step, "metrics": scores}
+        clock = {"train_seconds": time.monotonic() - now.started}
+        if is_best and run.accelerator.is_main_process:
+            checkpoint.save_checkpoint(run.files.best, run.raw_model.state_dict(), header, clock)
+        if is_last and run.accelerator.is_main_process:
+            checkpoint.save_checkpoint(run.files.final, run.raw_model.state_dict(), header, clock)
+
+    record |= {f"validation_{name}": value for name, value in scores.items()}
+    now.tracker.histograms(run.raw_model, current.step)
+    now.tracker.record("epoch", step=current.step, epoch=epoch + 1, **record)
+    now.progress.say(epoch_text(settings, current, epoch, record, is_best))
+    if is_last:
+        current.finished = True
+        return
+    current.epoch, current.num_seen = epoch + 1, 0
+    now.totals.zero_()
+    now.save()
+
+
+def judge_epoch(
+    settings: Settings, current: state.RunState, epoch: int, scores: dict[str, float]
+) -> tuple[bool, bool]:
+    """Whether the epoch is the best so far, which `current` then remembers, and whether it is the last one."""
+    score, better = scores[settings.best_metric], BEST_METRICS[settings.best_metric]
+    is_best = current.best is None or better(score, current.best) != current.best
+    if is_best:
+        current.best, current.best_epoch, current.best_scores = score, epoch + 1, scores
+    num_stale = epoch + 1 - current.best_epoch
+    stops_early = settings.early_stop > 0 and num_stale >= settings.early_stop
+    return is_best, epoch + 1 == settings.epochs or stops_early
+
+
+def epoch_text(
+    settings: Settings, current: state.RunState, epoch: int, record: dict[str, float], is_best: bool
+) -> str:
+    return (
+        f"epoch {epoch + 1}/{settings.epochs}  step {current.step:,}  lr {record['learning_rate']:.2e}  "
+        f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}  "
+        f"validation loss {record['validation_loss']:.4f} acc {record['validation_accuracy']:.4f}"
+        f"{'  best' if is_best else ''}"
     )
 
-    # ---- prepare, once ---------------------------------------------------------------------------------------------------------
-    fingerprint = images["train"].fingerprint()
-    check_agreement(accelerator, args, [fingerprint, model_args])
-    model, optimizer = accelerator.prepare(raw_model, optimizer)
-    fix_ddp_bucket_order(accelerator, model, args.image_size)
-    if args.compile:
-        model = torch.compile(model)
+
+def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) -> None:
+    """Evaluate the best epoch on test, where the dataset has one: once in a run, at its end. All ranks."""
+    if now.state.test is not None:
+        return
+    run.accelerator.wait_for_everyone()  # for the main process to have written the best checkpoint
+    if "test" in run.images:
+        best_model, _ = checkpoint.load_model(run.files.best)
+        now.state.test = evaluate_model(
+            run.accelerator.prepare_model(best_model, evaluation_mode=True),
+            run.images["test"],
+            run.step_settings.preprocessing,
+            batch_size=EVAL_BATCH_SIZE,
+            accelerator=run.accelerator,
+            progress=signals.check,
+            features=now.features_of("test"),
+        )
+        scores = {f"test_{name}": value for name, value in now.state.test.items()}
+        now.tracker.record("test", step=now.state.step, best_epoch=now.state.best_epoch, **scores)
+    now.save()
+
+
+def run_training(args: argparse.Namespace) -> dict[str, Any]:
+    """The driver: set up, then epoch by epoch train and validate, then test. Returns what train_model documents."""
+    models.check_model_name(args.model)
+
+    # ---- Set-up: every image is decoded, every setting resolved and everything prepared before the first step.
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
+    run = set_up(args, accelerator)
     if args.sanity_check:
-        return sanity_check(args, accelerator, model, raw_model, optimizer, images["train"], objective)
-    ema = Ema(raw_model, args.ema) if args.ema else None
+        return check_sanity(run, args.num_batches)
+    print(describe(run), flush=True)
 
-    # ---- a new run, or the rest of one -----------------------------------------------------------------------------------------
-    steps_per_epoch = math.ceil(len(images["train"]) / args.batch_size)
-    total_steps = args.max_steps or args.epochs * steps_per_epoch
-    args.epochs = math.ceil(total_steps / steps_per_epoch)
+    # ---- Begin or resume: a resumed run goes on in the middle of an epoch, and ends bitwise as if it had never stopped.
+    now = Progression(run)
+
+    # ---- The loop: signals only leave a mark, so that all processes stop after the same step and save one state.
+    with preemption.Preemption(accelerator, now.save) as signals:
+        epoch = now.state.epoch
+        while not now.state.finished:
+            train_one_epoch(run, now, epoch, signals)
+            finish_epoch(run, now, epoch, signals)
+            epoch += 1
+        now.progress.close()
+
+        # ---- Final test: the best epoch on validation is evaluated once on images that nothing was chosen by.
+        test_best_epoch(run, now, signals)
+    now.tracker.close()
+    return report(run, now)
+
+
+def report(run: Run, now: Progression) -> dict[str, Any]:
+    """Print how the run ended, and return it."""
+    current = now.state
     print(
-        describe(args, accelerator, images, raw_model, weights, objective.preprocessing, total_steps),
+        f"Trained {current.step:,} steps in {time.monotonic() - now.started:.0f} s. Best epoch {current.best_epoch}: "
+        f"validation {run.settings.best_metric} {current.best:.4f}",
         flush=True,
     )
-    header = checkpoint.make_header(
-        model=model_args,
-        classes=source.classes,
-        preprocessing=objective.preprocessing,
-        arguments=vars(args)
-        | {"num_threads": torch.get_num_threads(), "mixed_precision": accelerator.mixed_precision},
-        dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
-        weights=weights,
-    )
-    paths = {"best": run_files.best, "final": run_files.final}
-    states = state.States(run_files.states, accelerator, raw_model, optimizer, ema, header)
-    position, totals = state.restore_or_begin(states, args, run)
-    recorded = position.finished or position.num_seen == 0  # what there is to say of this step
-    state.apply_forced_arguments(position, totals, args, len(images["train"]), states.differs)
-    caches = features.open_caches(
-        args, accelerator, raw_model, images, objective.preprocessing
-    )  # of the backbone as it is by now
-    if caches:
-        print(f"features   are kept in {caches['validation'].folder.parent}", flush=True)
-    log = dict(first_step=position.step + recorded, log_bytes=position.log_bytes)
-    tracker = tracking.Tracker(run_files.logs, enabled=accelerator.is_main_process, **log)
-
-    def save_state() -> None:
-        stop_if_bad(accelerator, first_bad)
-        position.log_bytes, position.seconds = tracker.flush(), time.monotonic() - started
-        states.save(position, totals)
-
-    # ---- the loop --------------------------------------------------------------------------------------------------------------
-    started = time.monotonic() - position.seconds
-    schedule = dict(
-        total_steps=total_steps,
-        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
-        schedule=args.schedule,
-    )
-    rate = functools.partial(learning_rate, base=args.lr, **schedule)
-    first_bad = torch.tensor(-1, device=accelerator.device)
-    better = BEST_METRICS[args.best_metric]
-    full_epochs, rest = divmod(total_steps, steps_per_epoch)
-    num_done = position.epoch * len(images["train"]) + position.num_seen
-    progress = Progress(full_epochs * len(images["train"]) + rest * args.batch_size, "epoch", done=num_done)
-    with preemption.Preemption(accelerator, save_state) as signals:
-        for epoch in range(position.epoch, args.epochs) if not position.finished else ():
-            model.train()
-            progress.describe(f"epoch {epoch + 1}/{args.epochs}")
-            share = dict(batch_size=args.batch_size, accumulation=args.gradient_accumulation_steps)
-            cache = caches.get("train")
-            steps = training_steps(
-                images["train"],
-                seed=args.seed,
-                epoch=epoch,
-                **share,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                mix=objective.mixes,
-                start=math.ceil(position.num_seen / args.batch_size),
-                with_pixels=not (
-                    cache and complete_view(accelerator, cache, images["train"], epoch, objective, **share)
-                ),
-            )
-            for micro_batches in itertools.islice(steps, args.max_steps and args.max_steps - position.step):
-                num_images = min(args.batch_size, len(images["train"]) - position.num_seen)
-                where = dict(epoch=epoch, step=position.step, num_images=num_images)
-                what = dict(lr=rate(position.step), objective=objective, cache=cache)
-                step_totals = train_step(accelerator, model, optimizer, micro_batches, **where, **what)
-                totals += step_totals
-                first_bad = torch.where(
-                    (first_bad < 0) & ~step_totals[0].isfinite(), position.step, first_bad
-                )
-                if ema:
-                    ema.update(raw_model)
-                position.step, position.num_seen = position.step + 1, position.num_seen + num_images
-                progress.update(num_images)
-                signals.check()
-                if position.step % CHECK_EVERY == 0:  # all ranks
-                    stop_if_bad(accelerator, first_bad)
-                if (
-                    args.checkpoint_every and position.step % args.checkpoint_every == 0
-                ):  # all ranks; the main one writes
-                    save_state()
-
-            # once an epoch, all ranks; only the main one writes
-            stop_if_bad(accelerator, first_bad)
-            loss_sum, num_right = accelerator.gather(totals[None]).sum(dim=0).tolist()
-            num_images, lr = position.num_seen, rate(position.step - 1)
-            record = {
-                "train_loss": loss_sum / num_images,
-                "train_accuracy": num_right / num_images,
-                "learning_rate": lr,
-            }
-            with ema.swapped_in(raw_model) if ema else contextlib.nullcontext():
-                options = dict(
-                    accelerator=accelerator, progress=signals.check, cache=caches.get("validation")
-                )
-                scores = evaluate_model(raw_model, images["validation"], objective.preprocessing, **options)
-                if not math.isfinite(scores["loss"]):
-                    raise FloatingPointError(
-                        f"the validation loss was not finite after step {position.step}: {NOT_FINITE_HELP}"
-                    )
-                record |= {f"validation_{name}": value for name, value in scores.items()}
-                header |= {"epoch": epoch + 1, "step": position.step, "metrics": scores}
-                is_best = (
-                    position.best is None or better(scores[args.best_metric], position.best) != position.best
-                )
-                stale = 0 if is_best else epoch + 1 - position.best_epoch
-                last = epoch + 1 == args.epochs or (args.early_stop and stale >= args.early_stop)
-                if is_best:
-                    position.best, position.best_epoch, position.best_scores = (
-                        scores[args.best_metric],
-                        epoch + 1,
-                        scores,
-                    )
-                clock = {"train_seconds": time.monotonic() - started}
-                for kind in [
-                    kind
-                    for kind, due in (("best", is_best), ("final", last))
-                    if due and accelerator.is_main_process
-                ]:
-                    checkpoint.save_checkpoint(paths[kind], raw_model.state_dict(), header, clock)
-            tracker.histograms(raw_model, position.step)
-            tracker.record("epoch", step=position.step, epoch=epoch + 1, **record)
-            train_text = f"train loss {record['train_loss']:.4f} acc {record['train_accuracy']:.4f}"
-            validation_text = f"validation loss {scores['loss']:.4f} acc {scores['accuracy']:.4f}{'  best' if is_best else ''}"
-            progress.say(
-                f"epoch {epoch + 1}/{args.epochs}  step {position.step:,}  lr {lr:.2e}  {train_text}  {validation_text}"
-            )
-            if last:
-                position.finished = True
-                break
-            position.epoch, position.num_seen = epoch + 1, 0
-            totals.zero_()
-            save_state()
-        progress.close()
-
-        # ---- final evaluation: the best epoch, once, on test -------------------------------------------------------------------
-        if position.test is None:
-            accelerator.wait_for_everyone()  # for the main one to have written the best checkpoint
-            if "test" in images:
-                best_model = accelerator.prepare_model(
-                    checkpoint.load_model(paths["best"])[0], evaluation_mode=True
-                )
-                options = dict(accelerator=accelerator, progress=signals.check, cache=caches.get("test"))
-                position.test = evaluate_model(best_model, images["test"], objective.preprocessing, **options)
-                scores = {f"test_{name}": value for name, value in position.test.items()}
-                tracker.record("test", step=position.step, best_epoch=position.best_epoch, **scores)
-            save_state()
-    tracker.close()
-    seconds = time.monotonic() - started
-    best_text = f"Best epoch {position.best_epoch}: validation {args.best_metric} {position.best:.4f}"
-    print(f"Trained {position.step:,} steps in {seconds:.0f} s. {best_text}", flush=True)
-    if position.test:
-        test = position.test
+    if current.test:
         print(
-            f"test accuracy {test['accuracy']:.4f}, macro F1 {test['macro_f1']:.4f} ({len(images['test']):,} images)"
+            f"test accuracy {current.test['accuracy']:.4f}, macro F1 {current.test['macro_f1']:.4f} "
+            f"({len(run.images['test']):,} images)"
         )
-    print(
-        f"Checkpoints {paths['best']} and {paths['final']}; curves: tensorboard --logdir {args.output_dir / 'runs'}"
-    )
-    result = {
-        "run": run,
-        "best_epoch": position.best_epoch,
-        "steps": position.step,
-        "validation": position.best_scores,
+    logs = run.files.logs.parent
+    print(f"Checkpoints {run.files.best} and {run.files.final}; curves: tensorboard --logdir {logs}")
+    result: dict[str, Any] = {
+        "run": run.files.run,
+        "best_epoch": current.best_epoch,
+        "steps": current.step,
+        "validation": current.best_scores,
+        "best_checkpoint": str(run.files.best),
+        "final_checkpoint": str(run.files.final),
     }
-    return (
-        result
-        | {f"{kind}_checkpoint": str(path) for kind, path in paths.items()}
-        | ({"test": position.test} if position.test else {})
-    )
-
-
-def stop_if_bad(accelerator, first_bad: torch.Tensor) -> None:
-    """FloatingPointError on every process: one of them had a loss that was not finite. first_bad: the step, or -1."""
-    step = int(accelerator.gather(first_bad[None]).max())
-    if step >= 0:
-        raise FloatingPointError(f"the loss was not finite at step {step}: {NOT_FINITE_HELP}")
+    if current.test:
+        result["test"] = current.test
+    return result
 
 
 def train_model(**options: Any) -> dict[str, Any]:
     """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2). Options are the flags, with underscores.
 
-    Gives run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and, where there is one, test;
-    with sanity_check=True passed, accuracy, loss, steps. UserError: what the command would refuse.
+    Returns run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and, where the dataset has
+    one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what the command would refuse.
     """
     return run_training(build_parser().parse_options(options))
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from test_resume import assert_no_step_twice, assert_same_outcome  # noqa: E402
 
-from modeling.run.checkpoint import read_header
+from modeling.run.checkpoint import read_header  # noqa: E402
 
 RUN = "--model cnn_small --limit-train 2000 --limit-eval 1000 --batch-size 50 --epochs 3 --checkpoint-every 5 --head-dropout 0.5 --ema 0.9"
 RUN += " --augment standard --mixup 0.4 --gradient-accumulation-steps 2"

@@ -78,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(num_cores())
     source = load_source(args.data)
     rows = torch.arange(len(source.splits["train"]))[:2048]
-    images = decode(source, "train", rows, image_size=224, num_threads=num_cores())
+    images = decode(source, "train", rows, image_size=224, num_workers=num_cores())
     images.where, images.sizes, images.labels, images.rows = (
         part.repeat(-(-2048 // len(rows)), *[1] * (part.dim() - 1))[:2048]
         for part in (images.where, images.sizes, images.labels, images.rows)

@@ -1,11 +1,12 @@
-"""The features that a frozen backbone computes, once for each view of an image, kept on disk."""
+"""The features of a frozen backbone: each augmented view of the images is computed once and kept on disk."""
 
 import dataclasses
 import errno
 import hashlib
 import json
-import math
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,172 +15,228 @@ import timm
 import torch
 import torchvision
 from accelerate import Accelerator
-from filelock import FileLock
-from torch import nn
 
+from modeling.data.augment import augment
+from modeling.data.batches import training_steps
 from modeling.data.images import Images
-from modeling.data.resize import Preprocessing
+from modeling.data.resize import Preprocessing, preprocess
 from modeling.errors import UserError
 from modeling.models.backbones import ViTLinearProbe
 
-_EMPTY = 0x5BD1E995  # what a row's checksum is off by: a row of zeros was never written
-_CODE = (
-    "data/augment.py",
-    "data/resize.py",
-    "randomness.py",
-    "models/backbones.py",
-)  # what makes a view and its features
+# The source files that decide what a view and its features are. A change of one makes the kept features stale.
+_CODE = ("data/augment.py", "data/resize.py", "randomness.py", "models/backbones.py")
 
 
-class FeatureCache:
-    """Features of one split's images in a folder of the cache of `datasets`, in a file for each view, which processes share.
+class FeatureViews:
+    """The views of one split's images, a file for each: (N, D) float32, mapped into memory.
 
-    A file is (N, D + 1) int32, mapped into memory: the bits of D float32 and a checksum, by which a row that was never written, or
-    only half when a process was killed, is told from a whole one. The folder's name is a hash of all that the bits depend on: the
-    backbone's weights, the images and their preprocessing, `content` (augmentation, seed, the batches that features are computed in),
-    hardware, precision, threads, versions, code. num_views 0: each epoch sees a view of its own.
+    A view is computed as a whole, in the same batches as a run without kept features would use, so its bits are the same.
+    It is written to a temporary file that is renamed when it is complete. The folder's name is a hash of all that the bits
+    depend on: the backbone's weights, the images, `content` (preprocessing, augmentation, seed, batches), the hardware,
+    precision, threads, versions and source code.
     """
+
+    def __init__(self, accelerator: Accelerator, probe: ViTLinearProbe, images: Images, content: list[Any]):
+        self.accelerator = accelerator
+        self.probe = probe
+        self.images = images
+        self.shape = (len(images), probe.head.in_features)
+        self.opened_name = ""
+        self.opened = torch.empty(0)
+        key = [_backbone_digest(probe), images.fingerprint(), images.origin, images.rows.tolist()]
+        key += [*_environment(accelerator), *content]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "features" / name
+
+    def open(self, name: str, batches: Callable[[], Iterator["FeatureBatch"]]) -> torch.Tensor:
+        """Return the view `name`, (N, D) float32 on the CPU. Where its file is missing, compute it from `batches()`.
+
+        All processes call this together. UserError: the folder cannot be written. OSError: the disk is full.
+        """
+        if self.opened_name == name:
+            return self.opened
+        path = self.folder / name
+        is_missing = not path.is_file() or path.stat().st_size != 4 * self.shape[0] * self.shape[1]
+        missing = torch.tensor([is_missing], device=self.accelerator.device)
+        if bool(
+            self.accelerator.gather(missing).any()
+        ):  # on one machine of many is enough: all compute it together
+            self._compute(path, batches())
+            self.accelerator.wait_for_everyone()
+        self.opened_name, self.opened = name, self._map(path)
+        return self.opened
+
+    def _map(self, path: Path, shared: bool = False) -> torch.Tensor:
+        num_rows, dim = self.shape
+        return torch.from_file(str(path), shared=shared, size=num_rows * dim, dtype=torch.float32).view(
+            num_rows, dim
+        )
+
+    def _compute(self, path: Path, batches: Iterator["FeatureBatch"]) -> None:
+        """Each process computes its own batches; one process of each machine writes the features of all."""
+        is_writer = self.accelerator.is_local_main_process
+        temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1]) if is_writer else None
+        try:
+            view = self._map(temporary, shared=True) if temporary else None
+            for batch in batches:
+                with self.accelerator.autocast():
+                    features = self.probe.features(batch.x)
+                positions, features = self._gather(batch.positions, features)
+                if view is not None:
+                    view[positions] = features
+            if temporary:
+                os.replace(temporary, path)
+        finally:
+            if temporary:
+                temporary.unlink(missing_ok=True)
+
+    def _gather(self, positions: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The positions (B,) and features (B, D) of all processes, on the CPU. Position -1 marks a row to leave out."""
+        positions = positions.to(self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            positions = self.accelerator.pad_across_processes(positions, pad_index=-1)
+            features = self.accelerator.pad_across_processes(features)
+            positions, features = self.accelerator.gather((positions, features))
+        positions, features = positions.cpu(), features.cpu()
+        return positions[positions >= 0], features[positions >= 0]
+
+
+@dataclasses.dataclass
+class FeatureBatch:
+    """Model input x (B, 3, S, S) float32 on the device, and the position of each image in its split (B,), -1 for none."""
+
+    x: torch.Tensor
+    positions: torch.Tensor
+
+
+class ProbeFeatures:
+    """The kept features of a run of the linear probe: `num_views` views of train (0: one an epoch), one of the others."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         probe: ViTLinearProbe,
-        images: Images,
-        *content: Any,
-        num_views: int = 0,
+        images: dict[str, Images],
+        preprocessing: Preprocessing,
+        *,
+        augment_name: str,
+        seed: int,
+        batch_size: int,
+        accumulation: int,
+        num_views: int,
+        mixes: bool,
     ):
-        self.accelerator, self.probe, self.rows, self.num_views = accelerator, probe, images.rows, num_views
-        self.shape = (len(images), probe.head.in_features + 1)
-        self.opened: tuple[str, torch.Tensor] | None = None
-        digest = hashlib.sha256()
-        for name, value in probe.backbone.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        for name in _CODE:
-            digest.update((Path(__file__).parent / name).read_bytes())
-        on_gpu = accelerator.device.type == "cuda"
-        hardware = (
-            torch.cuda.get_device_name(accelerator.device)
-            if on_gpu
-            else torch.backends.cpu.get_cpu_capability()
-        )
-        settings = [
-            accelerator.mixed_precision,
-            torch.get_num_threads(),
-            torch.are_deterministic_algorithms_enabled(),
-        ]
-        versions = [torch.__version__, torchvision.__version__, timm.__version__]
-        key = [
-            digest.hexdigest(),
-            images.fingerprint(),
-            images.origin,
-            images.rows.tolist(),
-            hardware,
-            *settings,
-            *versions,
-            *content,
-        ]
-        folder = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "features" / folder
+        self.accelerator = accelerator
+        self.preprocessing = preprocessing
+        self.augment_name = augment_name
+        self.seed = seed
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.num_views = num_views
+        processes = accelerator.num_processes
+        self.views: dict[str, FeatureViews] = {}
+        for split, part in images.items():
+            content: list[Any] = [dataclasses.asdict(preprocessing)]
+            if split == "train":
+                content += [augment_name, seed, batch_size, accumulation, processes]
+            if split != "train" or not mixes:  # a mixed image has no features of its own
+                self.views[split] = FeatureViews(accelerator, probe, part, content)
 
-    def view(self, epoch: int) -> int:
-        """The augmented view of every image that an epoch sees."""
-        return epoch % self.num_views if self.num_views else epoch
+    @property
+    def folder(self) -> Path:
+        """The folder that holds the views of all splits, each in a folder of its own."""
+        return self.views["validation"].folder.parent
 
-    def is_complete(self, name: str) -> bool:
-        """Whether the file `name` has the features of every image."""
-        return bool(_is_whole(self._open(name)).all())
+    def of_epoch(self, epoch: int, on_batch: Callable[[], None]) -> torch.Tensor | None:
+        """The features (N, D) of the training images in the view that `epoch` (from 0) sees; None where batches mix.
 
-    def get(
-        self, name: str, rows: torch.Tensor, weights: torch.Tensor, make_input: Callable[[], torch.Tensor]
-    ) -> torch.Tensor:
-        """Features (B, D) float32 on the accelerator's device, of the images `rows` (B,) of the split, as the file `name` has them.
-
-        Where one is missing all are computed from make_input(), as a batch; those of weight (B,) 0 are not kept.
+        on_batch is called after each step's batches while a view is computed, equally often on every process.
         """
-        file, device, positions = (
-            self._open(name),
-            self.accelerator.device,
-            torch.searchsorted(self.rows, rows),
+        if "train" not in self.views:
+            return None
+        view = epoch % self.num_views if self.num_views else epoch
+        return self.views["train"].open(f"view_{view}", lambda: self._training_batches(view, on_batch))
+
+    def of_split(self, split: str, batch_size: int) -> torch.Tensor:
+        """The features (N, D) of the images of a split as evaluation sees them, in batches of `batch_size`."""
+        name = f"evaluation_{batch_size}"
+        return self.views[split].open(name, lambda: self._evaluation_batches(split, batch_size))
+
+    def _training_batches(self, view: int, on_batch: Callable[[], None]) -> Iterator[FeatureBatch]:
+        """The micro-batches of epoch number `view` on this process."""
+        images = self.views["train"].images
+        steps = training_steps(
+            images,
+            seed=self.seed,
+            epoch=view,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
-        stored = file[positions]
-        if _is_whole(stored).all():
-            features = stored[:, :-1].contiguous().view(torch.float32)
-            return (features.pin_memory() if device.type == "cuda" else features).to(
-                device, non_blocking=True
-            )
-        x = make_input()  # outside of autocast: its sums are exact in float32
-        with self.accelerator.autocast():
-            computed = self.probe.features(x)
-        bits = computed.cpu()[weights > 0].contiguous().view(torch.int32)
-        file[positions[weights > 0]] = torch.cat([bits, _checksum(bits)[:, None]], dim=1)
-        return computed
+        for micro_batches in steps:
+            for batch in micro_batches:
+                x = augment(
+                    batch.images.to(self.accelerator.device),
+                    batch.sizes,
+                    self.preprocessing,
+                    name=self.augment_name,
+                    seed=self.seed,
+                    epoch=view,
+                    indices=batch.indices,
+                )
+                positions = torch.searchsorted(images.rows, batch.indices)
+                yield FeatureBatch(x, positions.where(batch.weights > 0, -1))
+            on_batch()
 
-    def _open(self, name: str) -> torch.Tensor:
-        if self.opened is None or self.opened[0] != name:
-            path, size = self.folder / name, 4 * math.prod(self.shape)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(f"{self.folder}.lock"), path.open("ab") as file:
-                    for start in range(
-                        file.tell(), size, 2**20
-                    ):  # zeros, and no hole: a disk that is full is an error now
-                        file.write(bytes(min(2**20, size - start)))
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OSError(
-                        error.errno, f"{error.strerror}, where features are kept", str(path)
-                    ) from error
-                text = f"cannot keep features in {self.folder}: {error.strerror or error}"
-                raise UserError(f"{text}; set HF_DATASETS_CACHE to a folder that can be written") from error
-            self.opened = (
-                name,
-                torch.from_file(str(path), shared=True, size=size // 4, dtype=torch.int32).view(self.shape),
-            )
-        return self.opened[1]
+    def _evaluation_batches(self, split: str, batch_size: int) -> Iterator[FeatureBatch]:
+        """This process's turns of the batches that engine.predict makes; where it has none, a batch without images."""
+        images, processes = self.views[split].images, self.accelerator.num_processes
+        batches = torch.arange(len(images)).split(batch_size)
+        for start in range(0, len(batches), processes):
+            index = start + self.accelerator.process_index
+            has_turn = index < len(batches)
+            positions = batches[index] if has_turn else torch.zeros(1, dtype=torch.int64)
+            pixels, sizes = images.gather(positions)
+            x = preprocess(pixels.to(self.accelerator.device), sizes, self.preprocessing)
+            yield FeatureBatch(x, positions if has_turn else torch.tensor([-1]))
 
 
-def _checksum(bits: torch.Tensor) -> torch.Tensor:
-    return bits.sum(dim=1, dtype=torch.int32) ^ _EMPTY
-
-
-def _is_whole(rows: torch.Tensor) -> torch.Tensor:
-    return _checksum(rows[:, :-1]) == rows[:, -1]
-
-
-def choose_views(args, model: nn.Module, *, asked: bool) -> None:
-    """Set args.feature_views to 0 where a recipe's number makes no sense, and to 1 where views are alike.
-
-    UserError: it makes no sense, and the user `asked` for it.
-    """
-    is_probe, mixes = isinstance(model, ViTLinearProbe), bool(args.mixup or args.cutmix)
-    if asked and args.feature_views and (mixes or not is_probe):
-        why = "mixup and cutmix blend images" if is_probe else f"the backbone of {args.model} is not frozen"
+def _create_file(path: Path, num_bytes: int) -> Path:
+    """A temporary file of zeros beside `path`, written out, so that a full disk is an error now and not in the middle."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            for start in range(0, num_bytes, 2**20):
+                file.write(bytes(min(2**20, num_bytes - start)))
+        return Path(file.name)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"{error.strerror}, where features are kept", str(path)) from error
         raise UserError(
-            f"--feature-views keeps a frozen backbone's features of single images, but {why}: use --feature-views 0"
-        )
-    if mixes or not is_probe:
-        args.feature_views = 0
-    elif args.augment == "none" and not asked:
-        args.feature_views = 1
+            f"cannot keep features in {path.parent}: {error.strerror or error}; "
+            "set HF_DATASETS_CACHE to a folder that can be written"
+        ) from error
 
 
-def open_caches(
-    args, accelerator: Accelerator, model: nn.Module, images: dict[str, Images], prep: Preprocessing
-) -> dict[str, FeatureCache]:
-    """A cache for each split of a linear probe; of no other model, and where a batch mixes images, not for train."""
-    if not isinstance(model, ViTLinearProbe):
-        return {}
-    batches = (
-        args.augment,
-        args.seed,
-        args.batch_size,
-        args.gradient_accumulation_steps,
-        accelerator.num_processes,
-    )
-    caches = {}
-    for split in images.keys() - ({"train"} if args.mixup or args.cutmix else set()):
-        content = (dataclasses.asdict(prep), *(batches if split == "train" else ()))
-        caches[split] = FeatureCache(
-            accelerator, model, images[split], *content, num_views=args.feature_views
-        )
-    return caches
+def _backbone_digest(probe: ViTLinearProbe) -> str:
+    digest = hashlib.sha256()
+    for name, value in probe.backbone.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    for name in _CODE:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _environment(accelerator: Accelerator) -> list[Any]:
+    """The hardware, settings and versions that the last bit of a feature depends on."""
+    on_gpu = accelerator.device.type == "cuda"
+    return [
+        torch.cuda.get_device_name(accelerator.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        accelerator.mixed_precision,
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.__version__,
+        torchvision.__version__,
+        timm.__version__,
+    ]

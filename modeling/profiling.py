@@ -72,7 +72,7 @@ def profile_model(
     name: str,
     model: nn.Module,
     images: Images,
-    objective: StepSettings,
+    step_settings: StepSettings,
     *,
     accelerator: Accelerator | None = None,
     optimizer: str = "adam",
@@ -97,13 +97,13 @@ def profile_model(
         )
     accelerator = accelerator or Accelerator()
     device = accelerator.device
-    raw_model, size = model, objective.preprocessing.image_size
+    raw_model, size = model, step_settings.preprocessing.image_size
     total, trainable = count_parameters(raw_model)
     model, optim = accelerator.prepare(
         raw_model, build_optimizer(optimizer, raw_model, lr=lr, weight_decay=weight_decay)
     )
     model.train()
-    steps = full_steps(images, seed=objective.seed, batch_size=batch_size, mix=objective.mixes)
+    steps = full_steps(images, seed=step_settings.seed, batch_size=batch_size, mix=step_settings.mixes)
 
     def training_step() -> None:
         step, epoch, micro_batches = next(steps)
@@ -116,13 +116,13 @@ def profile_model(
             step=step,
             lr=lr,
             num_images=batch_size,
-            objective=objective,
+            step_settings=step_settings,
         )
         progress(1)
 
     def data_step() -> None:
         step, epoch, micro_batches = next(steps)
-        make_inputs(micro_batches[0].to(device), epoch=epoch, step=step, objective=objective)
+        make_inputs(micro_batches[0].to(device), epoch=epoch, step=step, step_settings=step_settings)
 
     for _ in range(WARMUP_STEPS):
         training_step()

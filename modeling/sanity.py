@@ -1,51 +1,91 @@
-"""The sanity check: can a model overfit a few batches?"""
+"""The sanity check: can a model overfit a few batches? A model that cannot has a bug, or a learning rate that does not fit."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
 
 from modeling.data.batches import training_steps
 from modeling.data.images import Images
 from modeling.engine import StepSettings, predict, train_step
 from modeling.progress import Progress
 
-ENOUGH, MAX_STEPS = 0.99, 2000
+ENOUGH_ACCURACY = 0.99
+MAX_STEPS = 2000
+
+
+@dataclass(frozen=True)
+class SanityResult:
+    """passed: at least ENOUGH_ACCURACY of the images are classified correctly. loss is in nats."""
+
+    passed: bool
+    accuracy: float
+    loss: float
+    steps: int
 
 
 def sanity_check(
-    args, accelerator, model, raw_model, optimizer, images: Images, objective: StepSettings
-) -> dict[str, Any]:
-    """Train on a few batches, without augmentation, until 99 % are right in eval mode. FloatingPointError: the loss is not finite."""
-    objective = StepSettings(
-        preprocessing=objective.preprocessing, clip_grad=objective.clip_grad, seed=objective.seed
+    accelerator: Accelerator,
+    model: nn.Module,
+    raw_model: nn.Module,
+    optimizer: Optimizer,
+    images: Images,
+    step_settings: StepSettings,
+    *,
+    model_name: str,
+    batch_size: int,
+    accumulation: int,
+    lr: float,
+    max_steps: int,
+) -> SanityResult:
+    """Train on a few batches, without augmentation, until 99 % are classified correctly in eval mode.
+
+    `model` is the prepared model that trains, `raw_model` the same one without DDP. max_steps 0 means MAX_STEPS.
+    FloatingPointError: the loss is not finite.
+    """
+    step_settings = StepSettings(
+        preprocessing=step_settings.preprocessing,
+        clip_grad=step_settings.clip_grad,
+        seed=step_settings.seed,
     )
-    limit, step, epoch, accuracy = args.max_steps or MAX_STEPS, 0, 0, 0.0
-    share = dict(
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        accumulation=args.gradient_accumulation_steps,
-    )
+    limit = max_steps or MAX_STEPS
+    step, epoch, accuracy, loss = 0, 0, 0.0, math.nan
     print(
-        f"Sanity check: {args.model} on {len(images)} images in batches of {args.batch_size}, at most {limit} steps"
+        f"Sanity check: {model_name} on {len(images)} images in batches of {batch_size}, at most {limit} steps"
     )
     with Progress(limit, "sanity check", unit=" steps") as progress:
-        while step < limit and accuracy < ENOUGH:
+        while step < limit and accuracy < ENOUGH_ACCURACY:
             model.train()
-            steps = training_steps(images, seed=args.seed, epoch=epoch, batch_size=args.batch_size, **share)
-            for number, micro_batches in zip(range(limit - step), steps, strict=False):
-                num_images = min(args.batch_size, len(images) - number * args.batch_size)
-                where = dict(epoch=epoch, step=step, num_images=num_images)
+            steps = training_steps(
+                images,
+                seed=step_settings.seed,
+                epoch=epoch,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+            for number, micro_batches in enumerate(steps):
+                if step == limit:
+                    break
                 train_step(
-                    accelerator, model, optimizer, micro_batches, **where, lr=args.lr, objective=objective
+                    accelerator,
+                    model,
+                    optimizer,
+                    micro_batches,
+                    epoch=epoch,
+                    step=step,
+                    lr=lr,
+                    num_images=min(batch_size, len(images) - number * batch_size),
+                    step_settings=step_settings,
                 )
                 step += 1
                 progress.update(1)
             epoch += 1
             predictions = predict(
-                raw_model,
-                images,
-                objective.preprocessing,
-                batch_size=args.batch_size,
-                accelerator=accelerator,
+                raw_model, images, step_settings.preprocessing, batch_size=batch_size, accelerator=accelerator
             )
             loss = predictions.losses.mean().item()
             if not math.isfinite(loss):
@@ -54,8 +94,7 @@ def sanity_check(
                 )
             accuracy = (predictions.predicted == images.labels).float().mean().item()
             progress.describe(f"sanity check, accuracy {accuracy:.3f}")
-    passed = accuracy >= ENOUGH
-    print(
-        f"Sanity check {'passed' if passed else 'FAILED'}: training accuracy {accuracy:.4f}, loss {loss:.4f} after {step} steps"
-    )
-    return {"passed": passed, "accuracy": accuracy, "loss": loss, "steps": step}
+    passed = accuracy >= ENOUGH_ACCURACY
+    verdict = "passed" if passed else "FAILED"
+    print(f"Sanity check {verdict}: training accuracy {accuracy:.4f}, loss {loss:.4f} after {step} steps")
+    return SanityResult(passed=passed, accuracy=accuracy, loss=loss, steps=step)

@@ -118,7 +118,7 @@ def test_a_killed_writer_leaves_a_whole_file(tmp_path):
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import torch
 from pathlib import Path
-from modeling import checkpoint
+from modeling.run import checkpoint
 print("ready", flush=True)
 for i in range(10**6):
     checkpoint.save_checkpoint(Path({str(path)!r}), {{"w": torch.full((300_000,), float(i))}}, {{"step": i}}, {{}})

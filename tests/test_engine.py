@@ -51,7 +51,7 @@ def run(
     model,
     *,
     steps=None,
-    objective=None,
+    step_settings=None,
     lr=0.05,
     batch_size=40,
     accumulation=1,
@@ -59,22 +59,22 @@ def run(
     epochs=1,
 ):
     """Train and give the totals of each step."""
-    objective = objective or StepSettings(PREP)
+    step_settings = step_settings or StepSettings(PREP)
     prepared, optim = accelerator.prepare(model, build_optimizer(optimizer, model, lr=lr, weight_decay=0.0))
     prepared.train()
     totals, step = [], 0
     for epoch in range(epochs):
         batches = training_steps(
             images,
-            seed=objective.seed,
+            seed=step_settings.seed,
             epoch=epoch,
             batch_size=batch_size,
             accumulation=accumulation,
-            mix=objective.mixes,
+            mix=step_settings.mixes,
         )
         for micro_batches in batches:
             n = min(batch_size, len(images) - batch_size * (step - epoch * -(-len(images) // batch_size)))
-            kwargs = dict(epoch=epoch, step=step, lr=lr, num_images=n, objective=objective)
+            kwargs = dict(epoch=epoch, step=step, lr=lr, num_images=n, step_settings=step_settings)
             totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs))
             step += 1
             if step == steps:
@@ -103,9 +103,9 @@ def test_a_step_is_sgd_on_the_mean_loss(accelerator, images):
 @pytest.mark.parametrize("accumulation", [2, 3, 7])
 def test_accumulation_changes_nothing_not_even_in_a_short_last_batch(accelerator, images, accumulation):
     one, many = small_cnn(), small_cnn()
-    objective = StepSettings(PREP, augment="light", mixup=0.4, cutmix=1.0, label_smoothing=0.1)
-    a = run(accelerator, images, one, objective=objective, epochs=2)
-    b = run(accelerator, images, many, objective=objective, epochs=2, accumulation=accumulation)
+    step_settings = StepSettings(PREP, augment="light", mixup=0.4, cutmix=1.0, label_smoothing=0.1)
+    a = run(accelerator, images, one, step_settings=step_settings, epochs=2)
+    b = run(accelerator, images, many, step_settings=step_settings, epochs=2, accumulation=accumulation)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     for p, q in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
@@ -126,7 +126,7 @@ def test_an_image_of_weight_zero_has_no_part(accelerator, images):
             step=0,
             lr=0.1,
             num_images=4,
-            objective=StepSettings(PREP),
+            step_settings=StepSettings(PREP),
         )
         return totals, [p.grad for p in model.parameters()]
 
@@ -145,7 +145,7 @@ def test_dropout_is_a_function_of_seed_and_step(accelerator, images):
     def weights(seed, disturb):
         model = small_cnn(head_dropout=0.5)
         torch.manual_seed(disturb)  # what anything else drew must not matter
-        run(accelerator, images, model, objective=StepSettings(PREP, seed=seed), steps=2)
+        run(accelerator, images, model, step_settings=StepSettings(PREP, seed=seed), steps=2)
         return torch.cat([p.flatten() for p in model.parameters()])
 
     assert torch.equal(weights(1, 10), weights(1, 20))
@@ -153,9 +153,9 @@ def test_dropout_is_a_function_of_seed_and_step(accelerator, images):
 
 
 def test_label_smoothing_and_mixing_are_the_soft_targets_of_their_papers(accelerator, images):
-    objective = StepSettings(PREP, label_smoothing=0.2, mixup=0.8)
+    step_settings = StepSettings(PREP, label_smoothing=0.2, mixup=0.8)
     batch = next(training_steps(images, seed=42, epoch=0, batch_size=16, mix=True))[0]
-    x, targets = make_inputs(batch, epoch=0, step=5, objective=objective)
+    x, targets = make_inputs(batch, epoch=0, step=5, step_settings=step_settings)
     weight = targets[0][0]
     assert 0 < weight < 1
     assert targets[1][0] == pytest.approx(1 - weight)
@@ -176,7 +176,7 @@ def test_label_smoothing_and_mixing_are_the_soft_targets_of_their_papers(acceler
         step=5,
         lr=0.1,
         num_images=16,
-        objective=objective,
+        step_settings=step_settings,
     )
     assert total[0].item() == pytest.approx(expected, rel=1e-4)
 
@@ -202,7 +202,7 @@ def test_clipping_bounds_the_gradient(accelerator, images):
     norms = {}
     for clip in (0.0, 0.05):
         model = small_cnn()
-        run(accelerator, images, model, steps=1, objective=StepSettings(PREP, clip_grad=clip))
+        run(accelerator, images, model, steps=1, step_settings=StepSettings(PREP, clip_grad=clip))
         norms[clip] = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert norms[0.0] > 0.1
     assert norms[0.05] == pytest.approx(0.05, rel=1e-3)
@@ -264,7 +264,7 @@ def test_the_seeded_loss_curve_is_golden(images):
     """A refactoring keeps these losses; a change that moves them on purpose says so and writes new ones."""
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True)
-    objective = StepSettings(PREP, augment="standard", mixup=0.2, label_smoothing=0.1)
+    step_settings = StepSettings(PREP, augment="standard", mixup=0.2, label_smoothing=0.1)
     torch.manual_seed(7)
     model = SimpleViT(dim=32, depth=2, num_heads=2, mlp_dim=64)
     curve = (
@@ -272,7 +272,7 @@ def test_the_seeded_loss_curve_is_golden(images):
             accelerator,
             images,
             model,
-            objective=objective,
+            step_settings=step_settings,
             optimizer="adamw",
             lr=1e-3,
             batch_size=30,
@@ -325,11 +325,11 @@ def scaled(monkeypatch):
 
 
 def test_under_a_grad_scaler_gradients_are_clipped_unscaled_and_once_a_step(accelerator, images, scaled):
-    objective = StepSettings(PREP, clip_grad=0.5)
+    step_settings = StepSettings(PREP, clip_grad=0.5)
     plain, ours = small_cnn(), small_cnn()
-    expected = run(accelerator, images, plain, objective=objective, steps=2, accumulation=2)
+    expected = run(accelerator, images, plain, step_settings=step_settings, steps=2, accumulation=2)
     fp16 = scaled(1024.0)
-    totals = run(fp16, images, ours, objective=objective, steps=2, accumulation=2)
+    totals = run(fp16, images, ours, step_settings=step_settings, steps=2, accumulation=2)
     assert fp16.scaler.calls == ["scale", "scale", "unscale", "step", "update"] * 2
     torch.testing.assert_close(
         totals, expected, rtol=1e-4, atol=1e-4
@@ -380,13 +380,15 @@ def test_the_step_never_waits_for_its_device(name, augment):
     images = Images(pixels, rows, torch.full((64, 2), 32), rows % 10, rows, list("abcdefghij"))
     micro_batches = next(training_steps(images, seed=0, epoch=0, batch_size=32, accumulation=2, mix=True))
     size = 224 if name == "deit" else 32
-    objective = StepSettings(
+    step_settings = StepSettings(
         Preprocessing(size, (0.5,) * 3, (0.5,) * 3), augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0
     )
     model = models.build_model(name, num_classes=10, image_size=size).to("meta")
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)  # a fused one does not know this device
     where = dict(epoch=0, step=0, num_images=32)
-    totals = train_step(Meta(), model, optimizer, micro_batches, **where, lr=1e-3, objective=objective)
+    totals = train_step(
+        Meta(), model, optimizer, micro_batches, **where, lr=1e-3, step_settings=step_settings
+    )
     assert totals.device.type == "meta" and all(p.grad is not None for p in model.parameters())
     for wait in (
         lambda: totals.sum().item(),

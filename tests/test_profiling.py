@@ -80,14 +80,14 @@ def test_profile_py_compares_models_and_writes_what_it_says(tmp_path):
 def test_memory_grows_with_the_batch(tmp_path):
 
     images = decode(load_source("digits"), "train", torch.arange(64), image_size=32, num_workers=1)
-    objective = StepSettings(Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3))
+    step_settings = StepSettings(Preprocessing(image_size=32, mean=(0.5,) * 3, std=(0.5,) * 3))
     accelerator = accelerate.Accelerator(cpu=True)
     peaks = [
         profiling.profile_model(
             "cnn_small",
             build("cnn_small", 32),
             images,
-            objective,
+            step_settings,
             accelerator=accelerator,
             batch_size=size,
             num_steps=2,

@@ -17,8 +17,9 @@ import torch
 from conftest import DATA, ROOT, assert_refused, call, newest_step, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling import engine
+from modeling import engine, files
 from modeling.run import checkpoint, state
+from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 SMALL = ("--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40, "--batch-size", 16, "--epochs", 3)
@@ -163,7 +164,7 @@ MOMENTS = {
     "after the record of the test": (scripts.train.tracking.Tracker, "record", 4, True),
     "before a state": (state.States, "save", 5, False),
     "after a state": (state.States, "save", 5, True),
-    "while a state is written": (checkpoint.os, "fsync", 10, False),
+    "while a state is written": (files.os, "fsync", 10, False),
     "after the last state": (state.States, "save", 8, True),
 }
 
@@ -285,7 +286,7 @@ def test_what_may_differ_when_resuming(references, tmp_path):
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     flags = ("--num-workers", 1, "--num-threads", 1, "--checkpoint-every", 5, "--resume")
     assert call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags).status == 0
-    torch.set_num_threads(scripts.train.cli.num_cores())
+    torch.set_num_threads(num_cores())
     for flag, word in (
         (("--seed", 1), "seed 42 -> 1"),
         (("--limit-train", 99), "limit_train 100 -> 99"),

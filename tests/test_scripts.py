@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
 
-from modeling import cli
+from modeling.run import launch
 from modeling.run.launch import make_accelerator, num_cores
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
@@ -130,7 +130,7 @@ def test_every_accelerate_config_is_one_that_accelerate_reads(config):
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(cli.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(launch.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
     assert_refused(call("train", *TINY), "2 processes were launched, but they do not see each other")
     for script in ("profile", "export_data"):
         assert_refused(call(script), "this script is for one process")
@@ -143,7 +143,8 @@ def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         torch.set_num_threads(7)
-        make_accelerator(scripts.train.build_parser().parse_args(flags))
+        args = scripts.train.build_parser().parse_args(flags)
+        make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
         return torch.get_num_threads()
 
     try:
@@ -161,11 +162,10 @@ def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
 
 def test_the_launchers_precision_is_the_default(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    parse = scripts.train.build_parser().parse_args
-    assert make_accelerator(parse([])).mixed_precision == "bf16"
-    assert make_accelerator(parse(["--mixed-precision", "no"])).mixed_precision == "no"
+    assert make_accelerator(mixed_precision=None, num_threads=None).mixed_precision == "bf16"
+    assert make_accelerator(mixed_precision="no", num_threads=None).mixed_precision == "no"
     monkeypatch.undo()
-    assert make_accelerator(parse([])).mixed_precision == "no"
+    assert make_accelerator(mixed_precision=None, num_threads=None).mixed_precision == "no"
 
 
 def test_an_interrupted_command_ends_with_130_in_one_line(monkeypatch):

@@ -14,7 +14,7 @@ from modeling.data.images import Images
 class Batch:
     """One micro-batch. images (U, 3, H, W) uint8, sizes, labels, indices (U,); where mixing, own and partner (B,) point into them.
 
-    images are None where nobody looks at them: their features are known.
+    Where the features of a frozen backbone are kept, features (U, D) float32 take the place of images, which are None.
     weights (B,) float32 is 1, or 0 for the image that a process runs when the global batch left it none.
     """
 
@@ -25,6 +25,7 @@ class Batch:
     weights: torch.Tensor
     own: torch.Tensor | None = None
     partner: torch.Tensor | None = None
+    features: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device, but sizes and indices, by which the CPU decides what the device has to do."""
@@ -59,12 +60,13 @@ def training_steps(
     world_size: int = 1,
     mix: bool = False,
     start: int = 0,
-    with_pixels: bool = True,
+    features: torch.Tensor | None = None,
 ) -> Iterator[list[Batch]]:
     """The steps of an epoch from `start` on, each the micro-batches of this rank's share of a global batch of `batch_size` images.
 
     The order is a function of (seed, epoch), mixing partners of (seed, epoch, step) over the global batch. The last batch is as
-    short as it falls. Images that are decoded as they are used are decoded two steps ahead.
+    short as it falls. Images that are decoded as they are used are decoded two steps ahead. With features (N, D) of the
+    images, a batch carries these instead of pixels.
     """
 
     def micro_batch(global_batch: torch.Tensor, partners: torch.Tensor | None, share: torch.Tensor) -> Batch:
@@ -75,8 +77,17 @@ def training_steps(
             both = torch.cat([positions, global_batch[partners[share]]])
             positions, where = torch.unique(both, return_inverse=True)
             own, partner = where.chunk(2)
-        pixels, sizes = images.gather(positions) if with_pixels else (None, images.sizes[positions])
-        return Batch(pixels, sizes, images.labels[positions], images.rows[positions], weights, own, partner)
+        pixels, sizes = (None, images.sizes[positions]) if features is not None else images.gather(positions)
+        return Batch(
+            images=pixels,
+            sizes=sizes,
+            labels=images.labels[positions],
+            indices=images.rows[positions],
+            weights=weights,
+            own=own,
+            partner=partner,
+            features=None if features is None else features[positions],
+        )
 
     def steps() -> Iterator[list[Batch]]:
         order = randomness.permutation(len(images), seed, randomness.ORDER, epoch)
@@ -88,5 +99,7 @@ def training_steps(
             yield [micro_batch(global_batch, partners, share) for share in mine]
 
     return (
-        decoding.prefetch(steps()) if with_pixels and isinstance(images.pixels, decoding.Decoder) else steps()
+        decoding.prefetch(steps())
+        if features is None and isinstance(images.pixels, decoding.Decoder)
+        else steps()
     )

@@ -1,6 +1,7 @@
 """Which images a run uses, and where their pixels are."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -41,6 +42,17 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def subset(self, positions: torch.Tensor) -> "Images":
+        """The images at `positions` (M,), in that order. They share the pixels."""
+        return dataclasses.replace(
+            self,
+            where=self.where[positions],
+            sizes=self.sizes[positions],
+            labels=self.labels[positions],
+            rows=self.rows[positions],
+            digest=None,
+        )
 
     def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""

@@ -12,6 +12,7 @@ from modeling import recipes
 from modeling.data.resize import Preprocessing
 from modeling.errors import UserError
 from modeling.models import backbones
+from modeling.models.backbones import ViTLinearProbe
 from modeling.models.cnn import SimpleCNN
 from modeling.models.vit import SimpleViT
 from modeling.models.weights import Weights, load_weights, locate_weights
@@ -19,7 +20,7 @@ from modeling.models.weights import Weights, load_weights, locate_weights
 FROM_SCRATCH = {"cnn": SimpleCNN, "cnn_small": SimpleCNN, "vit_scratch": SimpleViT}
 PRETRAINED = {
     "resnet18": functools.partial(backbones.create_backbone, "resnet18"),
-    "vit": backbones.ViTLinearProbe,
+    "vit": ViTLinearProbe,
     "deit": functools.partial(backbones.create_backbone, "deit"),
 }
 MODELS = {**FROM_SCRATCH, **PRETRAINED}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -116,29 +117,30 @@ def precision_text(accelerator: accelerate.Accelerator) -> str:
     return f"precision {precision}{hint if precision == 'no' and fast else ''}"
 
 
-def check_agreement(accelerator: Accelerator, args, content: list[Any]) -> None:
-    """UserError: the processes have other arguments or images than the main one, or do not see its output folder."""
-    if accelerator.num_processes == 1:
-        return
-    free = ("output_dir", "num_workers", "num_threads", "store_limit")
-    content = [{name: value for name, value in vars(args).items() if name not in free}, content]
-    digest = int.from_bytes(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:7])
+def check_agreement(accelerator: Accelerator, content: Any) -> None:
+    """UserError: the processes do not have the same `content` (arguments, images), a value that JSON can hold."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
     if len(digests.unique()) > 1:
         raise UserError(
             "the processes were started with other arguments, or read other images: start all with the same command and data"
         )
-    if args.sanity_check:  # which writes nothing
+
+
+def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
+    """UserError: a process does not see the output folder that the main process writes to."""
+    if accelerator.num_processes == 1:
         return
-    probe = args.output_dir / f".shared-{digest:x}"
+    probe = folder / f".shared-{os.environ.get('MASTER_PORT', '0')}"
     if accelerator.is_main_process:
         probe.touch()
     accelerator.wait_for_everyone()
-    seen = probe.exists()
+    is_seen = probe.exists()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         probe.unlink()
-    if not seen:
+    if not is_seen:
         raise UserError(
-            f"--output-dir {args.output_dir} is not the folder that the main process writes: all machines must share it"
+            f"--output-dir {folder} is not the folder that the main process writes: all machines must share it"
         )

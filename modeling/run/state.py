@@ -1,4 +1,7 @@
-"""The state to resume a run from: where it is, and tensors. No generator's state, for all randomness is a function of where it is."""
+"""The state that a run resumes from: how far it is, and its tensors.
+
+No generator's state is saved, for every random number is a function of seed, epoch, step and image (modeling/randomness.py).
+"""
 
 import dataclasses
 import hashlib
@@ -22,20 +25,16 @@ from modeling.files import atomic_write
 from modeling.optim import Ema
 from modeling.run.files import RunFiles
 
-KEEP = 2
-
-
-_KEY = "state"
-
-
-FREE_ARGUMENTS = {"run_name", "num_threads"}  # a resumed run may have others
+NUM_KEPT = 2  # states of a run
+_KEY = "state"  # of the metadata of a state's file
 
 
 @dataclass
 class RunState:
-    """Where a run is: `step` updates are done in all, and `num_seen` images of epoch `epoch` (from 0) seen.
+    """How far a run is: `step` updates are done, and `num_seen` images of epoch `epoch` (from 0) were seen.
 
-    finished: no step is left, and its last epoch is recorded.
+    best is the best value of the metric that chooses the best epoch, log_bytes the length of metrics.jsonl. seconds counts
+    training time. finished: no step is left, and the last epoch is recorded. test holds the metrics on test once they are known.
     """
 
     epoch: int = 0
@@ -44,41 +43,39 @@ class RunState:
     best: float | None = None
     best_epoch: int = 0
     best_scores: dict[str, float] = field(default_factory=dict)
-    log_bytes: int = 0  # of metrics.jsonl
+    log_bytes: int = 0
     seconds: float = 0.0
     finished: bool = False
     test: dict[str, float] | None = None
 
 
 class States:
-    """A run's folder of states: step_{step}_{SHA-256}.safetensors, the newest KEEP of them.
+    """A run's folder of states: step_{step}_{SHA-256}.safetensors, of which the newest NUM_KEPT are kept.
 
-    Every process calls save and restore; the main one writes. All processes must see the folder.
+    Every process calls save and restore; the main process writes. All processes must see the folder.
+    `arguments` are the values that must be equal in a run and in the one that resumes it.
     """
 
     def __init__(
         self,
         folder: Path,
+        *,
         accelerator: Accelerator,
         model: nn.Module,
-        optimizer,
+        optimizer: torch.optim.Optimizer,
         ema: Ema | None,
-        header: dict[str, Any],
+        arguments: dict[str, Any],
     ):
-        self.folder, self.accelerator, self.model, self.optimizer, self.ema = (
-            folder,
-            accelerator,
-            model,
-            optimizer,
-            ema,
-        )
-        self.arguments = {
-            name: value for name, value in header["arguments"].items() if name not in FREE_ARGUMENTS
-        }
-        self.restored, self.differs = 0, False
-        self.arguments |= {"training images": header["dataset"]["train_sha256"][:8], "model": header["model"]}
+        self.folder = folder
+        self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer
+        self.ema = ema
+        self.arguments = arguments
+        self.restored_digest = 0
+        self.arguments_differ = False
 
-    def save(self, position: RunState, totals: torch.Tensor) -> None:
+    def save(self, run_state: RunState, totals: torch.Tensor) -> None:
         """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
         all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
         if not self.accelerator.is_main_process:
@@ -95,7 +92,7 @@ class States:
                     plain.setdefault(str(number), {})[name] = value
         header = {
             "launcher": _launcher(),
-            "position": dataclasses.asdict(position),
+            "position": dataclasses.asdict(run_state),
             "arguments": self.arguments,
             "optimizer": plain,
             "ema_updates": self.ema.updates if self.ema else 0,
@@ -103,12 +100,14 @@ class States:
         }
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
-        path = self.folder / f"step_{position.step:08d}_{_digest(content)}.safetensors"
+        path = self.folder / f"step_{run_state.step:08d}_{_digest(content)}.safetensors"
         with atomic_write(path) as file:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
         older = [p for p in others if p.name[:13] < path.name[:13]]
-        for old in {*others} - {*older[: KEEP - 1]}:  # a newer one is broken, or of a course that was left
+        for old in {*others} - {
+            *older[: NUM_KEPT - 1]
+        }:  # a newer one is broken, or of a course that was left
             old.unlink()
         self.accelerator.wait_for_everyone()
 
@@ -139,7 +138,8 @@ class States:
             raise UserError(
                 f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}"
             )
-        self.restored, self.differs = int(path.stem[-15:], 16), bool(differing)
+        self.restored_digest = int(path.stem[-15:], 16)
+        self.arguments_differ = bool(differing)
         groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         for key, value in tensors.items():
             group, _, name = key.partition(".")
@@ -184,74 +184,91 @@ def _launcher() -> str:
     return f"{platform.node()}:{os.getppid()}"
 
 
-def restore_or_begin(states: States, args, run: str) -> tuple[RunState, torch.Tensor]:
-    """Where the run begins, and this process's totals: at the newest state with --resume, or when torch elastic restarted the job.
+def restore_or_begin(
+    states: States, run_files: RunFiles, *, resume: bool, force: bool
+) -> tuple[RunState, torch.Tensor]:
+    """Return how far the run is, and this process's totals (2,) float64 of the epoch so far.
 
-    Without --resume that state must be of the same job: one that died before its first state finds those of older runs. ValueError:
-    the processes found different states.
+    With `resume`, or where torch elastic has restarted the job, the newest state is restored. After such a restart without
+    `resume` it must be a state of this very job, for a job that died before its first state would find an older run's.
+    Otherwise the run begins, and an older run's files are moved aside. UserError: the processes found different states.
     """
     accelerator = states.accelerator
-    restarted = torch.tensor(
-        [int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))], device=accelerator.device
-    )
-    restarted = int(accelerator.gather(restarted).max()) > 0
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    restarts = accelerator.gather(torch.tensor([num_restarts], device=accelerator.device))
+    is_restarted = int(restarts.max()) > 0
     restored = None
-    if args.resume or restarted:
-        restored = states.restore(force=args.force, of_launcher=None if args.resume else _launcher())
-    found = accelerator.gather(torch.tensor([states.restored], device=accelerator.device))
+    if resume or is_restarted:
+        restored = states.restore(force=force, of_launcher=None if resume else _launcher())
+    found = accelerator.gather(torch.tensor([states.restored_digest], device=accelerator.device))
     if len(found.unique()) > 1:
         raise UserError(
-            f"the processes found different states in {states.folder}: it must be shared by all machines"
+            f"the processes found different states in {states.folder}: all machines must share it"
         )
+
     if restored:
-        finished = " (it was finished)" if restored[0].finished and restored[0].test else ""
+        run_state = restored[0]
+        note = " (it was finished)" if run_state.finished and run_state.test else ""
         print(
-            f"Resuming {run!r} after step {restored[0].step:,}, in epoch {restored[0].epoch + 1}{finished}",
+            f"Resuming {run_files.run!r} after step {run_state.step:,}, in epoch {run_state.epoch + 1}{note}",
             flush=True,
         )
     else:
-        if args.resume or restarted:
+        if resume or is_restarted:
             print(
-                f"There is no state of {run!r} to resume in {states.folder}: starting from the beginning",
-                flush=True,
+                f"There is no state of {run_files.run!r} to resume in {states.folder}: starting from the beginning"
             )
-        moved = RunFiles(args.output_dir, run).move_aside() if accelerator.is_main_process else None
-        if moved:
-            states_too = (moved / "checkpoints" / f"{run}_state").exists()
-            print(
-                f"The files of an older run {run!r} are now in {moved}{' (move them back to --resume it)' if states_too else ''}"
-            )
+        if accelerator.is_main_process:
+            _move_older_run_aside(run_files)
         restored = RunState(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    if accelerator.is_main_process:  # what a kill left of a file that was being written
-        for half in [
-            *states.folder.glob(".step_*.tmp"),
-            *states.folder.parent.glob(f".{run}_*.safetensors.*.tmp"),
-        ]:
-            half.unlink()
+
+    if accelerator.is_main_process:  # remove what a kill left of files that were being written
+        leftovers = [*states.folder.glob(".step_*.tmp")]
+        leftovers += states.folder.parent.glob(f".{run_files.best.name}.*.tmp")
+        leftovers += states.folder.parent.glob(f".{run_files.final.name}.*.tmp")
+        for leftover in leftovers:
+            leftover.unlink()
     accelerator.wait_for_everyone()
     return restored
 
 
+def _move_older_run_aside(run_files: RunFiles) -> None:
+    folder = run_files.move_aside()
+    if folder:
+        can_resume = (folder / run_files.states.relative_to(run_files.output_dir)).exists()
+        advice = " (move them back to --resume it)" if can_resume else ""
+        print(f"The files of an older run {run_files.run!r} are now in {folder}{advice}", flush=True)
+
+
 def apply_forced_arguments(
-    position: RunState, totals: torch.Tensor, args, num_train: int, differs: bool
+    run_state: RunState,
+    totals: torch.Tensor,
+    *,
+    epochs: int,
+    max_steps: int,
+    batch_size: int,
+    num_train_images: int,
+    arguments_differ: bool,
 ) -> None:
-    """Fit a restored position to arguments that --force changed. UserError: they end before it, or cut an epoch elsewhere."""
-    if position.step > (args.max_steps or position.step) or position.epoch >= args.epochs:
+    """Fit a restored state to arguments that --force changed: a finished run that is made longer goes on.
+
+    UserError: the run would end before the state, or its epoch would be cut in the middle of a batch.
+    """
+    if (max_steps and run_state.step > max_steps) or run_state.epoch >= epochs:
         raise UserError(
-            f"the state is after step {position.step}, in epoch {position.epoch + 1}: give a longer run than that"
+            f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: give a longer run than that"
         )
-    if (
-        position.finished
-        and differs
-        and (position.step < args.max_steps if args.max_steps else position.epoch + 1 < args.epochs)
-    ):
-        position.finished, position.test = False, None
-        if position.num_seen == num_train:
-            position.epoch, position.num_seen = position.epoch + 1, 0
+    is_longer = run_state.step < max_steps if max_steps else run_state.epoch + 1 < epochs
+    if run_state.finished and arguments_differ and is_longer:
+        run_state.finished = False
+        run_state.test = None
+        if run_state.num_seen == num_train_images:
+            run_state.epoch += 1
+            run_state.num_seen = 0
             totals.zero_()
-    if position.num_seen % args.batch_size and position.num_seen < num_train:
+    if run_state.num_seen % batch_size and run_state.num_seen < num_train_images:
         raise UserError(
-            f"the state has seen {position.num_seen} images of its epoch, not a multiple of --batch-size {args.batch_size}"
+            f"the state has seen {run_state.num_seen} images of its epoch, not a multiple of --batch-size {batch_size}"
         )
 
 
