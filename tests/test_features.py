@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import sys
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -69,7 +68,7 @@ def test_as_many_views_as_epochs_are_bitwise_the_head_without_a_cache(
     cached = train(tmp_path / "cached", *flags, "--feature-views", 3)
     assert len(list(cache.glob("*/view_*"))) == 3
     one_each = train(tmp_path / "one_each", *flags, "--feature-views", 0)  # reads what the first wrote
-    monkeypatch.setattr(features, "open_caches", lambda *_: {})
+    monkeypatch.setattr(scripts.train, "open_features", lambda run: None)
     plain = train(tmp_path / "plain", *flags)
     assert same(cached, plain) and same(one_each, plain)
     assert not torch.equal(cached[0][0], torch.zeros_like(cached[0][0]))
@@ -102,27 +101,26 @@ def test_each_view_is_computed_once_by_any_number_of_runs(tmp_path, cache, monke
 
 def test_epoch_e_sees_view_e_mod_k(tmp_path, cache, monkeypatch):
     seen = []
-    get = features.FeatureCache.get
+    original = features.FeatureViews.open
 
-    def noted(self, name, *rest):
+    def noted(self, name, batches):
         seen.append(name)
-        return get(self, name, *rest)
+        return original(self, name, batches)
 
-    monkeypatch.setattr(features.FeatureCache, "get", noted)
+    monkeypatch.setattr(features.FeatureViews, "open", noted)
     train(tmp_path / "run", "--epochs", 5, "--feature-views", 2, "--batch-size", 70)
-    assert seen == [n for view in (0, 1, 0, 1, 0) for n in (f"view_{view}", "evaluation_64")] + [
-        "evaluation_64"
-    ]
+    expected = []
+    for view in (0, 1, 0, 1, 0):
+        expected += [f"view_{view}", "evaluation_64"]
+    assert seen == [*expected, "evaluation_64"]
 
 
-def test_damaged_rows_are_computed_again(tmp_path, cache):
-    whole = train(tmp_path / "whole", "--epochs", 2, "--feature-views", 2)
+def test_a_view_of_the_wrong_length_is_computed_again(tmp_path, cache):
+    flags = ("--epochs", 2, "--feature-views", 2)
+    whole = train(tmp_path / "whole", *flags)
     for path in cache.glob("*/view_*"):
-        content = bytearray(path.read_bytes())
-        content[1000:5000] = os.urandom(4000)
-        content[20000:30000] = bytes(10000)
-        path.write_bytes(content)
-    assert same(whole, train(tmp_path / "again", "--epochs", 2, "--feature-views", 2))
+        os.truncate(path, 1000)
+    assert same(whole, train(tmp_path / "again", *flags))
 
 
 def test_killed_and_resumed_it_ends_the_same(tmp_path, cache):
@@ -142,18 +140,20 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, cache):
     assert same(resumed, train(tmp_path / "uninterrupted", "--epochs", 4, "--feature-views", 2))
 
 
-def test_a_cache_that_is_lost_is_computed_again_in_the_same_batches(tmp_path, cache, monkeypatch):
-    """Features depend on the batch that they are computed in, by a last bit: a later epoch must not choose another one."""
+def test_a_view_that_is_lost_is_computed_again_in_the_batches_of_its_own_epoch(tmp_path, cache, monkeypatch):
+    """A feature depends on the batch that it is computed in, by a last bit, so a later epoch must not choose another one."""
     flags = ("--epochs", 3, "--feature-views", 1)
     whole = train(tmp_path / "whole", *flags)
-    complete = scripts.train.complete_view
+    original = features.ProbeFeatures.of_epoch
 
-    def lost(accelerator, cached, images, epoch, *rest, **more):
+    def lost(self, epoch, on_batch):
         if epoch == 2:
-            cached._open("view_0")[:50] = 0
-        return complete(accelerator, cached, images, epoch, *rest, **more)
+            (path,) = cache.glob("*/view_0")
+            path.unlink()
+            self.views["train"].opened_name = ""
+        return original(self, epoch, on_batch)
 
-    monkeypatch.setattr(scripts.train, "complete_view", lost)
+    monkeypatch.setattr(features.ProbeFeatures, "of_epoch", lost)
     assert same(whole, train(tmp_path / "lost", *flags))
 
 
@@ -191,19 +191,22 @@ def test_other_preprocessing_code_or_images_have_other_features(tmp_path, cache,
             origin,
         )
         prep = Preprocessing(image_size=32, mean=(mean,) * 3, std=(0.5,) * 3)
-        args = SimpleNamespace(
-            mixup=0,
-            cutmix=0,
-            augment="light",
+        probe_features = features.ProbeFeatures(
+            Accelerator(),
+            model,
+            {"train": images},
+            prep,
+            augment_name="light",
             seed=1,
             batch_size=2,
-            gradient_accumulation_steps=1,
-            feature_views=0,
+            accumulation=1,
+            num_views=0,
+            mixes=False,
         )
-        return features.open_caches(args, Accelerator(), model, {"train": images}, prep)["train"].folder
+        return probe_features.views["train"].folder
 
     folders = [folder(), folder(mean=0.500001), folder(origin="b"), folder(pixel=1)]
-    monkeypatch.setattr(features, "_CODE", ("transforms.py",))
+    monkeypatch.setattr(features, "_CODE", ("randomness.py",))
     assert len({*folders, folder()}) == 5
 
 
@@ -247,31 +250,27 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
     assert_refused(result, "cannot keep features in", "set HF_DATASETS_CACHE")
 
 
-def test_a_row_of_weight_zero_is_not_kept(tmp_path, cache):
+def test_an_image_that_only_fills_up_a_batch_is_not_kept(tmp_path, cache):
     model = scripts.train.models.build_model("vit", num_classes=2, image_size=32)
-    images = scripts.train.data.Images(
+    images = Images(
         torch.zeros(3, 3, 32, 32, dtype=torch.uint8),
         torch.arange(3),
         torch.full((3, 2), 32),
         *[torch.arange(3)] * 2,
         ["a", "b"],
     )
-    kept = features.FeatureCache(Accelerator(), model, images)
-    x = torch.randn(3, 3, 32, 32)
-    first = kept.get("view_0", torch.arange(3), torch.tensor([1.0, 0.0, 1.0]), lambda: x)
-    assert torch.equal(
-        kept.get("view_0", torch.tensor([2, 0]), torch.ones(2), lambda: pytest.fail("it was kept")),
-        first[[2, 0]],
-    )
-    assert len(kept.get("view_0", torch.tensor([1]), torch.ones(1), lambda: x[1:2])) == 1
-    kept.get("view_0", torch.tensor([1]), torch.ones(1), lambda: pytest.fail("it was kept"))
+    x = torch.randn(4, 3, 32, 32)
+    views = features.FeatureViews(Accelerator(), model, images, [])
+    view = views.open("view_0", lambda: iter([features.FeatureBatch(x, torch.tensor([2, -1, 0, 1]))]))
+    assert torch.equal(view, model.features(x)[[2, 3, 0]])
+    assert torch.equal(view, views.open("view_0", lambda: pytest.fail("it was kept")))
 
 
 def test_a_full_disk_is_one_line(tmp_path, cache, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(features, "FileLock", full)
+    monkeypatch.setattr(features.tempfile, "NamedTemporaryFile", full)
     assert_refused(
         call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1),
         "No space left",

@@ -21,7 +21,8 @@ from sklearn import metrics as sklearn_metrics
 from test_resume import assert_no_step_twice, assert_same_outcome
 
 from modeling.run import state
-from modeling.run.launch import check_agreement, num_cores
+from modeling.run.files import RunFiles
+from modeling.run.launch import check_shared_folder, num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 # Runs the script of argv[1] once for each list of arguments in argv[2]; vit_scratch without its dropout.
@@ -411,9 +412,8 @@ def test_the_output_folder_must_be_shared(tmp_path):
         gather = staticmethod(lambda tensor: tensor)
         wait_for_everyone = staticmethod(lambda: None)
 
-    args = SimpleNamespace(output_dir=tmp_path, sanity_check=False)
     with pytest.raises(ValueError, match="all machines must share it"):
-        check_agreement(Two, args, [])
+        check_shared_folder(Two, tmp_path)
 
 
 def test_processes_that_find_different_states_are_refused(tmp_path):
@@ -421,6 +421,6 @@ def test_processes_that_find_different_states_are_refused(tmp_path):
         is_main_process, device = False, torch.device("cpu")
         gather = staticmethod(lambda tensor: torch.cat([tensor, tensor + 1]))
 
-    states = SimpleNamespace(accelerator=Two, restored=0, folder=tmp_path, restore=lambda **_: None)
+    states = SimpleNamespace(accelerator=Two, restored_digest=0, folder=tmp_path, restore=lambda **_: None)
     with pytest.raises(ValueError, match="found different states"):
-        state.restore_or_begin(states, SimpleNamespace(resume=True, force=False), "run")
+        state.restore_or_begin(states, RunFiles(tmp_path, "run"), resume=True, force=False)

@@ -382,15 +382,10 @@ def test_reference_on_stl10_is_224_pixels():
     two = torch.arange(2)
     images = Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
 
-    def size(*flags):
-        return scripts.train.choose_image_size(scripts.train.build_parser().parse_args(list(flags)), images)
-
-    assert (
-        size("--model", "cnn")
-        == size("--model", "cnn", "--dataset", "elsewhere/x", "--recipe", "reference")
-        == 96
-    )
-    assert size("--model", "cnn", "--recipe", "reference") == 224
+    choose = scripts.train.choose_image_size
+    assert choose(recipe="tuned", dataset="stl10", images=images) == 96
+    assert choose(recipe="reference", dataset="elsewhere/x", images=images) == 96
+    assert choose(recipe="reference", dataset="stl10", images=images) == 224
 
 
 def test_images_of_many_shapes_train_and_a_folder_of_ones_own(tmp_path):
