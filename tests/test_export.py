@@ -191,7 +191,7 @@ def test_odd_folders_can_be_trained_on(tmp_path):
     source = load_source(str(tmp_path / "out"))
     assert sorted(source.classes) == sorted(manifest["classes"].values())
     for split, count in (("train", 54), ("validation", 6)):
-        images = decode(source, split, torch.arange(len(source.splits[split])), image_size=8, num_threads=1)
+        images = decode(source, split, torch.arange(len(source.splits[split])), image_size=8, num_workers=1)
         assert len(images) == count
         for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
             assert manifest["classes"][names[int(image[0, 0, 0]) // 40]] == source.classes[label]
