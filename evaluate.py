@@ -5,7 +5,8 @@
     accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml evaluate.py \\
         --ckpt checkpoints/vit_best.safetensors
 
-A checkpoint names its own model, classes, preprocessing and dataset. The results go to traces/ under --output-dir.
+A checkpoint names its own model, classes, preprocessing and dataset.
+The results go to traces/ under --output-dir.
 """
 
 if (

@@ -1,4 +1,4 @@
-"""Evaluate checkpoints on images: predictions, metrics, and the files of the results. evaluate.py runs `main`."""
+"""Evaluate checkpoints on images and write the results. evaluate.py runs `main`."""
 
 import functools
 from pathlib import Path
@@ -86,7 +86,7 @@ def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> 
 
 
 class Evaluation:
-    """One checkpoint and the images to evaluate it on. The constructor checks the input before any model runs."""
+    """One checkpoint and its images. The constructor checks the input; no model runs yet."""
 
     def __init__(
         self,
@@ -171,7 +171,8 @@ def output_names(paths: list[Path]) -> list[str]:
     names = [run if runs.count(run) == 1 else path.stem for run, path in zip(runs, paths, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(
-            f"two checkpoints would write the same files: {', '.join(map(str, paths))}; evaluate them one by one"
+            f"two checkpoints would write the same files: {', '.join(map(str, paths))}; "
+            "evaluate them one by one"
         )
     return names
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler logs its every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise the profiler logs each start and stop
 
 import torch
 from accelerate import Accelerator
@@ -89,11 +89,13 @@ def profile_model(
 ) -> dict[str, Any]:
     """Warm up, time `num_steps` training steps without a profiler, then trace a few with one.
 
-    Gives a row of COLUMNS: GFLOPs of one image's forward pass; step times in ms, from the images in memory to the updated weights;
-    peak memory in MB (10**6 bytes) of all tensors, the images apart: weights, gradients, optimizer, activations; and the share of
-    the step that goes by until the batch is gathered, on the device, augmented and normalised, and the model can start.
-    With output_dir, writes profiler_trace_{name}.json, for Perfetto or chrome://tracing, and the operator table
-    profiler_stats_{name}.txt. UserError: fewer images than a batch.
+    Return a row of COLUMNS. GFLOPs are of the forward pass of one image. Step times are in ms,
+    from the images in memory to the updated weights. Peak memory is in MB (10**6 bytes): weights,
+    gradients, optimizer state and activations, but not the stored images. `data_share` is the share
+    of the step before the model can start: gather the batch, move it to the device, augment and normalise it.
+
+    With `output_dir`, write profiler_trace_{name}.json for Perfetto or chrome://tracing, and the table of
+    operators profiler_stats_{name}.txt. UserError: there are fewer images than a batch holds.
     """
     if len(images) < batch_size:
         raise UserError(
@@ -204,7 +206,7 @@ def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
 
 
 def _peak_of_trace(profiler: profile) -> int:
-    """The most bytes that were allocated at once within the trace; a step frees the gradients from before it first of all."""
+    """The most bytes allocated at once in the trace. A step first frees the previous step's gradients."""
     live = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
