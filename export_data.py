@@ -1,11 +1,12 @@
-"""Export a dataset as an ImageFolder: train/<class>/*.png, val/..., and test/... where it has one, with a manifest.
+"""Export a dataset as an ImageFolder with a manifest.
 
     python export_data.py --dataset stl10 --output-dir data
     python export_data.py --verify --output-dir data
     python train.py --model cnn --dataset data
 
-PNG keeps the pixels as they are. manifest.json has the counts and each file's SHA-256; an export that was stopped is finished by
-the same command.
+The folders are train/<class>/, val/<class>/ and, where the dataset has a test split, test/<class>/.
+PNG keeps every pixel as it is. manifest.json holds the counts and the SHA-256 of each file.
+To finish an export that was stopped, run the same command again.
 """
 
 import hashlib
@@ -45,27 +46,27 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--val-fraction",
         type=cli.FRACTION,
-        help="share of train for val, where the dataset has none (default: stl10 0.2, else 0.1)",
+        help="share of train that becomes val where the dataset has none (default: stl10 0.2, else 0.1)",
     )
     parser.add_argument(
-        "--seed", type=cli.SEED, default=42, help="of the division into train and val (default: 42)"
+        "--seed", type=cli.SEED, default=42, help="seed of the division into train and val (default: 42)"
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="only read: name each missing, extra, altered or undecodable file",
+        help="write nothing; list missing, extra, altered and undecodable files (default: export)",
     )
     parser.add_argument(
         "--num-workers",
         type=cli.NUM_WORKERS,
         default=num_cores(),
-        help="threads that decode (default: the cores)",
+        help="threads that decode images, 0: the main one (default: the cores)",
     )
     return parser
 
 
 def class_folder(name: str) -> str:
-    """A class's folder: its name, but what a path or a file pattern cannot hold is percent-encoded."""
+    """Return a class's folder name. Characters that paths or patterns cannot hold are percent-encoded."""
     encoded = "".join(quote(c, safe="") if c in '/\\%*?[]<>:"|' or ord(c) < 32 else c for c in name)
     return f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded[:1] in (".", "_", " ") else encoded
 
@@ -78,10 +79,10 @@ def export_to_imagefolder(
     seed: int = 42,
     num_workers: int = 1,
 ) -> dict[str, Any]:
-    """Write train/, val/ and, where the dataset has one, test/ under output_dir, and give the manifest.
+    """Write train/, val/ and, where the dataset has one, test/ under output_dir, and return the manifest.
 
-    Files that are there already and right are left alone, so that a second call finishes a first. UserError: the folder holds
-    something else, or an image cannot be decoded.
+    Files that exist with the right content are not written again, so a second call finishes a stopped one.
+    UserError: the folder holds something else, or an image cannot be decoded.
     """
     output_dir = Path(output_dir)
     source = load_source(dataset)
@@ -118,7 +119,8 @@ def export_to_imagefolder(
     stale = sorted(_found(output_dir) - files.keys())
     if stale:
         raise UserError(
-            f"{output_dir} holds {len(stale)} files that are not of this export, such as {stale[0]}: remove them"
+            f"{output_dir} holds {len(stale)} files that are not of this export, "
+            f"such as {stale[0]}: remove them"
         )
     manifest = {**settings, "complete": True, "counts": counts, "files": files}
     write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
@@ -132,12 +134,13 @@ def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     for key, value in settings.items():
         if old.get(key) != value:
             raise UserError(
-                f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: choose another --output-dir"
+                f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: "
+                "choose another --output-dir"
             )
 
 
 def _write_if_different(path: Path, content: bytes) -> str:
-    """Write through a temporary file, unless the file is there and the same; give the SHA-256."""
+    """Write the file, unless it already has this content. Return the SHA-256 of the content."""
     if not path.is_file() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
@@ -147,11 +150,12 @@ def _write_if_different(path: Path, content: bytes) -> str:
 
 
 def read_manifest(output_dir: Path) -> dict[str, Any]:
-    """The manifest of an export. UserError: there is none, or it is broken."""
+    """Read the manifest of an export. UserError: it is missing or broken."""
     path = output_dir / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{output_dir} holds no export: it has no {MANIFEST}; choose an empty --output-dir, or the folder of an export"
+            f"{output_dir} holds no export: it has no {MANIFEST}; "
+            "choose an empty --output-dir, or the folder of an export"
         )
     try:
         manifest = json.loads(path.read_text())
@@ -165,7 +169,9 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
 
 
 def verify_dataset(output_dir: str | Path) -> list[str]:
-    """What differs from the manifest, a line a file: missing, extra, altered or undecodable. Reads only.
+    """Compare the files with the manifest and return a line for each that differs. Nothing is written.
+
+    A line says whether the file is missing, extra, altered or undecodable.
 
     UserError: no manifest, or an export that was not finished.
     """
@@ -205,7 +211,7 @@ def _check_file(path: Path, name: str, digest: str) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     refuse_processes()
-    torch.set_num_threads(1)  # no tensor here is worth a thread
+    torch.set_num_threads(1)  # the tensors here are too small to share among threads
     if args.verify:
         problems = verify_dataset(args.output_dir)
         print(
@@ -225,7 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{sum(by_class.values()):,} in {split}/" for split, by_class in manifest["counts"].items()
     )
     print(
-        f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, listed with every file's SHA-256 in {MANIFEST}"
+        f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, "
+        f"listed with every file's SHA-256 in {MANIFEST}"
     )
     return 0
 

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accura
 import evaluate
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
-_CACHE = tempfile.TemporaryDirectory()  # evaluate makes a folder even for what it keeps in memory
+_CACHE = tempfile.TemporaryDirectory()  # `evaluate` makes a folder even for metrics in memory
 _PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
 _PROBABILITIES = {
     "probabilities": datasets.Sequence(datasets.Value("float32")),
@@ -18,7 +18,7 @@ _PROBABILITIES = {
 
 
 class _Metric(evaluate.Metric):
-    """A metric whose name and meaning are its docstring's."""
+    """The base of our metrics. The docstring of a subclass becomes the description of the metric."""
 
     inputs = _PREDICTIONS
 
@@ -65,7 +65,10 @@ class Top5Accuracy(_Metric):
 
 
 class F1(_Metric):
-    """The mean F1 over the classes that are true or predicted: plain (macro), and by the number of images (weighted)."""
+    """The mean F1 score over the classes that are true or predicted.
+
+    The macro mean weighs all classes alike; the weighted mean weighs a class by its number of images.
+    """
 
     def _compute(self, predictions, references):
         macro, weighted = (
@@ -75,7 +78,10 @@ class F1(_Metric):
 
 
 def compute(predictions) -> dict[str, float]:
-    """The metrics of NAMES for an `engine.Predictions`. Loss is the mean over images of the cross-entropy, in nats."""
+    """Compute the metrics of NAMES for an `engine.Predictions`.
+
+    The loss is the mean cross-entropy over the images, in nats.
+    """
     combined = evaluate.combine([Accuracy(), BalancedAccuracy(), Top5Accuracy(), F1()])
     combined.add_batch(
         predictions=predictions.predicted.numpy(),

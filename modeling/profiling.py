@@ -1,4 +1,4 @@
-"""Times and traces the training step that train.py runs."""
+"""Time and trace the training step that train.py runs. profile.py runs `main`."""
 
 import os
 import statistics
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler logs its every start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise the profiler logs each start and stop
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +16,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from modeling import cli, models, recipes, report
 from modeling.data.batches import Batch, training_steps
-from modeling.data.images import Images
+from modeling.data.images import Images, decode, native_size
+from modeling.data.sources import load_source, select_rows
 from modeling.engine import StepSettings, make_inputs, train_step
 from modeling.errors import UserError
 from modeling.files import atomic_write, write_text
 from modeling.models import count_parameters, file_name
 from modeling.optim import build_optimizer
+from modeling.progress import Progress
+from modeling.run.launch import make_accelerator, precision_text, refuse_processes
 
 WARMUP_STEPS = 3
 TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
@@ -85,11 +89,13 @@ def profile_model(
 ) -> dict[str, Any]:
     """Warm up, time `num_steps` training steps without a profiler, then trace a few with one.
 
-    Gives a row of COLUMNS: GFLOPs of one image's forward pass; step times in ms, from the images in memory to the updated weights;
-    peak memory in MB (10**6 bytes) of all tensors, the images apart: weights, gradients, optimizer, activations; and the share of
-    the step that goes by until the batch is gathered, on the device, augmented and normalised, and the model can start.
-    With output_dir, writes profiler_trace_{name}.json, for Perfetto or chrome://tracing, and the operator table
-    profiler_stats_{name}.txt. UserError: fewer images than a batch.
+    Return a row of COLUMNS. GFLOPs are of the forward pass of one image. Step times are in ms,
+    from the images in memory to the updated weights. Peak memory is in MB (10**6 bytes): weights,
+    gradients, optimizer state and activations, but not the stored images. `data_share` is the share
+    of the step before the model can start: gather the batch, move it to the device, augment and normalise it.
+
+    With `output_dir`, write profiler_trace_{name}.json for Perfetto or chrome://tracing, and the table of
+    operators profiler_stats_{name}.txt. UserError: there are fewer images than a batch holds.
     """
     if len(images) < batch_size:
         raise UserError(
@@ -200,10 +206,139 @@ def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
 
 
 def _peak_of_trace(profiler: profile) -> int:
-    """The most bytes that were allocated at once within the trace; a step frees the gradients from before it first of all."""
+    """The most bytes allocated at once in the trace. A step first frees the previous step's gradients."""
     live = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
     return peak
+
+
+def build_parser(description: str) -> cli.Parser:
+    """The flags of profile.py."""
+    parser = cli.Parser(description)
+    workload = parser.add_argument_group("workload and output")
+    names = f"{', '.join(models.MODELS)}, timm/NAME"
+    workload.add_argument(
+        "--models",
+        nargs="+",
+        default=["cnn", "vit"],
+        metavar="MODEL",
+        help=f"models to compare: {names} (default: cnn vit)",
+    )
+    workload.add_argument(
+        "--dataset",
+        default="digits",
+        help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: digits)",
+    )
+    workload.add_argument(
+        "--num-steps", type=cli.POSITIVE_INT, default=100, help="training steps to time (default: 100)"
+    )
+    workload.add_argument(
+        "--batch-size", type=cli.POSITIVE_INT, default=32, help="images in a step (default: 32)"
+    )
+    workload.add_argument(
+        "--image-size",
+        type=cli.POSITIVE_INT,
+        help="input height and width in pixels (default: the pretrained backbone's, else the images')",
+    )
+    workload.add_argument(
+        "--recipe",
+        choices=("tuned", "reference"),
+        default="tuned",
+        help="recipe of the training step (default: tuned)",
+    )
+    workload.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(),
+        help="folder that gets traces/ (default: the current folder)",
+    )
+    cli.add_hardware_group(parser)
+    return parser
+
+
+def profile_one(
+    name: str,
+    images: Images,
+    *,
+    accelerator: Accelerator,
+    image_size: int | None,
+    recipe_name: str,
+    batch_size: int,
+    num_steps: int,
+    output_dir: Path,
+) -> dict[str, Any]:
+    """Profile the training step of the model's recipe on these images. Return a row of COLUMNS."""
+    size = image_size or models.default_image_size(name) or native_size(images)
+    recipe = recipes.get_recipe(name, size, recipe_name)
+    model_args = models.model_arguments(name, recipe, image_size=size, patch_size=None, head_dropout=None)
+    step_settings = StepSettings(
+        preprocessing=models.preprocessing(name, recipe, size),
+        augment=recipe.augment,
+        label_smoothing=recipe.label_smoothing,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        clip_grad=recipe.clip_grad,
+    )
+    with Progress(WARMUP_STEPS + num_steps + TRACED_STEPS, f"profiling {name}", " steps") as progress:
+        return profile_model(
+            name,
+            models.build_model(name, num_classes=len(images.classes), image_size=size, **model_args),
+            images,
+            step_settings,
+            accelerator=accelerator,
+            optimizer=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            batch_size=batch_size,
+            num_steps=num_steps,
+            output_dir=output_dir,
+            progress=progress.update,
+        )
+
+
+def main(argv: list[str] | None = None, description: str = __doc__) -> int:
+    """Profile the models of the command line and write the comparison. Return the exit status."""
+    args = build_parser(description).parse_args(argv)
+    args.models = list(dict.fromkeys(map(models.check_model_name, args.models)))
+    refuse_processes()
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
+    cli.check_output_dir(args.output_dir, "traces")
+    source = load_source(args.dataset)
+    source_split, rows = select_rows(
+        source, "train", val_fraction=0.1, seed=42, limit_train=max(1024, args.batch_size)
+    )
+    largest = max(args.image_size or models.default_image_size(name) or 0 for name in args.models)
+    images = decode(
+        source,
+        source_split,
+        rows,
+        image_size=largest,
+        num_workers=args.num_workers,
+        store_limit=1e9 * args.store_limit,
+    )
+    print(
+        f"{accelerator.device}, {torch.get_num_threads()} threads, {precision_text(accelerator)}",
+        flush=True,
+    )
+    traces = args.output_dir / "traces"
+    results = [
+        profile_one(
+            name,
+            images,
+            accelerator=accelerator,
+            image_size=args.image_size,
+            recipe_name=args.recipe,
+            batch_size=args.batch_size,
+            num_steps=args.num_steps,
+            output_dir=traces,
+        )
+        for name in args.models
+    ]
+    comparison = report.compare_models(results)
+    write_text(traces / "profile_comparison.txt", comparison + "\n")
+    write_text(traces / "profile_comparison.csv", report.csv_text(results, COLUMNS))
+    print(f"{comparison}\nTraces, operator tables and the comparison are in {traces}")
+    return 0

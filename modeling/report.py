@@ -17,6 +17,7 @@ from modeling.engine import Predictions
 from modeling.errors import UserError
 from modeling.files import atomic_write, write_text
 from modeling.metrics import NAMES
+from modeling.run.files import EvaluationFiles
 
 CSV_COLUMNS = (
     "checkpoint",
@@ -28,12 +29,12 @@ CSV_COLUMNS = (
     "parameters",
     "trainable_parameters",
 )
-_NUMBERED_CELLS = 30  # a confusion matrix of more classes shows colours alone
+_NUMBERED_CELLS = 30  # with more classes the cells show only colours
 
 
 @dataclass
 class Evaluated:
-    """One checkpoint after evaluation: the name its files get, its row of metrics.csv, its predictions, its classes."""
+    """One evaluated checkpoint. `name` is part of its file names, `row` is its row of metrics.csv."""
 
     name: str
     row: dict[str, Any]
@@ -92,7 +93,10 @@ def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
 
 
 def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv; none where there is no file. UserError: the file is something else."""
+    """Read the rows of a metrics.csv. A missing file has no rows.
+
+    UserError: the file is not a metrics.csv of this program.
+    """
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -104,7 +108,10 @@ def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write a row per (checkpoint, dataset, split); rows of other evaluations stay. UserError: the file there is something else."""
+    """Write one row per (checkpoint, dataset, split). Rows of other evaluations stay.
+
+    UserError: the file is not a metrics.csv of this program.
+    """
 
     def key(row: dict[str, Any]) -> tuple:
         return tuple(row[column] for column in ("checkpoint", "dataset", "split"))
@@ -119,7 +126,7 @@ def present_classes(one: Evaluated) -> list[int]:
 
 
 def report_text(one: Evaluated) -> str:
-    """scikit-learn's classification report: precision, recall, F1 and support of every class, and their averages."""
+    """scikit-learn's classification report: precision, recall, F1 and support of each class, and averages."""
     numbers = present_classes(one)
     labels = [one.classes[n] for n in numbers]
     return classification_report(
@@ -133,9 +140,13 @@ def report_text(one: Evaluated) -> str:
 
 
 def write_evaluation(folder: Path, one: Evaluated) -> None:
-    """confusion_matrix_{name}.png, classification_report_{name}.txt and predictions_{name}.csv."""
-    heading = f"{one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}, {one.row['num_samples']:,} images"
-    write_text(folder / f"classification_report_{one.name}.txt", f"{heading}\n\n{report_text(one)}")
+    """Write the three files of EvaluationFiles: confusion matrix, classification report and predictions."""
+    files = EvaluationFiles(folder, one.name)
+    heading = (
+        f"{one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}, "
+        f"{one.row['num_samples']:,} images"
+    )
+    write_text(files.report, f"{heading}\n\n{report_text(one)}")
     p = one.predictions
     columns = ["index", "true", "predicted", *one.classes]
     out = io.StringIO()
@@ -147,12 +158,15 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
         writer.writerow(
             [row, one.classes[true], one.classes[predicted], *(f"{value:.6g}" for value in probabilities)]
         )
-    write_text(folder / f"predictions_{one.name}.csv", out.getvalue())
-    plot_confusion_matrix(folder / f"confusion_matrix_{one.name}.png", one)
+    write_text(files.predictions, out.getvalue())
+    plot_confusion_matrix(files.confusion_matrix, one)
 
 
 def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
-    """A PNG: rows are true classes, columns predicted ones; colour is the share of the row, cells hold counts."""
+    """Draw the confusion matrix as a PNG. A row is a true class, a column a predicted class.
+
+    The colour is the share of the row; the number in a cell is a count of images.
+    """
     count = len(one.classes)
     matrix = confusion_matrix(one.predictions.labels, one.predictions.predicted, labels=range(count))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -187,18 +201,23 @@ def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
                     color="white" if shares[i, j] > 0.5 else "black",
                 )
     with atomic_write(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script that no font here has shows as boxes
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # letters that no installed font has appear as boxes
         figure.savefig(file, format="png")
 
 
 def compare_models(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of models, the best first: rows of metrics (by accuracy) or of profiles (by images per second)."""
+    """A table of models, the best first. Metrics are sorted by accuracy, profiles by images per second."""
     key = "accuracy" if "accuracy" in rows[0] else "images_per_second"
     return table(sorted(rows, key=lambda row: -row[key]))
 
 
 def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
-    """model_comparison.txt: metrics side by side, differences to the best, F1 of every class, a report for each."""
+    """The text of model_comparison.txt.
+
+    It has the metrics side by side, the differences to the best model, F1 of every class, and each report.
+    """
     columns = ("model", "num_samples", *NAMES, "parameters", "trainable_parameters")
     ranked = sorted(evaluated, key=lambda one: -one.row["accuracy"])
     rows = [{"name": one.name, **{column: one.row[column] for column in columns}} for one in ranked]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling import cli
+from modeling import cli, evaluation, profiling
 
 if (
     "PYTEST_XDIST_WORKER" in os.environ
@@ -28,7 +28,7 @@ DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
 
 
 def load_script(name: str):
-    """A script as a module under a name of its own: `evaluate` and `profile` are other modules' names."""
+    """Load a script as a module whose name is not the script's own."""
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -36,8 +36,12 @@ def load_script(name: str):
     return module
 
 
+# The bodies of evaluate.py and profile.py are modules of the package.
 scripts = SimpleNamespace(
-    **{name: load_script(name) for name in ("train", "evaluate", "profile", "export_data")}
+    train=load_script("train"),
+    evaluate=evaluation,
+    profile=profiling,
+    export_data=load_script("export_data"),
 )
 
 

@@ -1,0 +1,214 @@
+"""Evaluate checkpoints on images and write the results. evaluate.py runs `main`."""
+
+import functools
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from modeling import cli, metrics, models, report
+from modeling.data.images import decode
+from modeling.data.resize import Preprocessing
+from modeling.data.sources import SPLITS, Source, load_source, select_rows
+from modeling.engine import predict
+from modeling.errors import UserError
+from modeling.files import write_text
+from modeling.progress import Progress
+from modeling.run import checkpoint
+from modeling.run.launch import make_accelerator
+
+load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
+
+
+def build_parser(description: str) -> cli.Parser:
+    """The flags of evaluate.py."""
+    parser = cli.Parser(description)
+    inputs = parser.add_argument_group("input")
+    inputs.add_argument(
+        "--ckpt",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="one or more checkpoints that train.py wrote",
+    )
+    inputs.add_argument(
+        "--dataset",
+        help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: the checkpoint's)",
+    )
+    inputs.add_argument(
+        "--split",
+        choices=SPLITS,
+        help="the images to evaluate on (default: test where the dataset has one, else validation)",
+    )
+    inputs.add_argument(
+        "--limit-eval",
+        type=cli.POSITIVE_INT,
+        metavar="N",
+        help="evaluate a stratified subset of N images (default: all images)",
+    )
+    outputs = parser.add_argument_group("evaluation and output")
+    outputs.add_argument(
+        "--batch-size",
+        type=cli.POSITIVE_INT,
+        default=64,
+        help="images in a batch (default: 64)",
+    )
+    outputs.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path(),
+        help="folder that gets traces/ (default: the current folder)",
+    )
+    cli.add_hardware_group(parser)
+    return parser
+
+
+def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> list[int]:
+    """Return the checkpoint's number of each class of the dataset. Classes are matched by name.
+
+    UserError: the checkpoint lacks a class of the dataset.
+    """
+    unknown = [name for name in source.classes if name not in checkpoint_classes]
+    if unknown:
+        noun = "classes" if len(unknown) > 1 else "class"
+        raise UserError(
+            f"{path} does not know the {noun} {', '.join(map(repr, unknown[:5]))} of {source.name}; "
+            f"it knows {', '.join(map(repr, checkpoint_classes[:10]))}: "
+            "choose a dataset with these classes by --dataset"
+        )
+    if source.classes != checkpoint_classes:
+        message = f"{source.name} has its classes in another order or number than {path}: matched by name"
+        absent = [name for name in checkpoint_classes if name not in source.classes]
+        if absent:
+            message += f"; it lacks {', '.join(map(repr, absent))}"
+        print(message)
+    return [checkpoint_classes.index(name) for name in source.classes]
+
+
+class Evaluation:
+    """One checkpoint and its images. The constructor checks the input; no model runs yet."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        *,
+        dataset: str | None,
+        split: str | None,
+        limit_eval: int | None,
+    ):
+        self.name = name
+        self.path = path
+        self.header = checkpoint.read_header(path)
+        trained_on = self.header["dataset"]
+        own_dataset = trained_on["name"]
+        if trained_on["revision"]:
+            own_dataset += f"@{trained_on['revision']}"
+        self.source = load_source(dataset or own_dataset)
+        self.class_numbers = match_classes(path, self.header["classes"], self.source)
+        self.split = split or ("test" if "test" in self.source.splits else "validation")
+        trained = self.header["arguments"]
+        self.source_split, self.rows = select_rows(
+            self.source,
+            self.split,
+            val_fraction=trained["val_fraction"],
+            seed=trained["seed"],
+            limit_train=limit_eval,
+            limit_eval=limit_eval,
+        )
+
+    def run(
+        self,
+        *,
+        accelerator: Accelerator,
+        batch_size: int,
+        num_workers: int,
+        store_limit: float,
+    ) -> report.Evaluated:
+        """Decode the images, predict their classes and compute the metrics. `store_limit` is in bytes."""
+        images = decode(
+            self.source,
+            self.source_split,
+            self.rows,
+            image_size=self.header["preprocessing"]["image_size"],
+            num_workers=num_workers,
+            store_limit=store_limit,
+            progress=Progress,
+        )
+        # From here on the labels are the checkpoint's class numbers.
+        images.labels = images.labels.new_tensor(self.class_numbers)[images.labels]
+        model, header = checkpoint.load_model(self.path)
+        parameters, trainable = models.count_parameters(model)
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        with Progress(len(images), f"evaluating {self.name}") as progress:
+            predictions = predict(
+                model,
+                images,
+                Preprocessing.from_json(header["preprocessing"]),
+                batch_size=batch_size,
+                accelerator=accelerator,
+                progress=progress.update,
+            )
+        row = {
+            "checkpoint": str(self.path),
+            "model": header["model"]["name"],
+            "dataset": self.source.name,
+            "split": self.split,
+            "num_samples": len(images),
+            **metrics.compute(predictions),
+            "parameters": parameters,
+            "trainable_parameters": trainable,
+        }
+        return report.Evaluated(self.name, row, predictions, header["classes"])
+
+
+def output_names(paths: list[Path]) -> list[str]:
+    """The names of the checkpoints' output files: the run's name, or the file's stem where two share a run.
+
+    UserError: two checkpoints have the same name.
+    """
+    runs = [checkpoint.read_header(path)["arguments"]["run_name"] for path in paths]
+    names = [run if runs.count(run) == 1 else path.stem for run, path in zip(runs, paths, strict=True)]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two checkpoints would write the same files: {', '.join(map(str, paths))}; "
+            "evaluate them one by one"
+        )
+    return names
+
+
+def main(argv: list[str] | None = None, description: str = __doc__) -> int:
+    """Evaluate the checkpoints of the command line and write the results. Return the exit status."""
+    args = build_parser(description).parse_args(argv)
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
+    traces = args.output_dir / "traces"
+    cli.check_output_dir(args.output_dir, "traces")
+    report.read_metrics_csv(traces / "metrics.csv")  # raises before any work if the file is not ours
+    evaluations = [
+        Evaluation(name, path, dataset=args.dataset, split=args.split, limit_eval=args.limit_eval)
+        for name, path in zip(output_names(args.ckpt), args.ckpt, strict=True)
+    ]
+    evaluated = []
+    for evaluation in evaluations:
+        one = evaluation.run(
+            accelerator=accelerator,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            store_limit=1e9 * args.store_limit,
+        )
+        evaluated.append(one)
+        if accelerator.is_main_process:
+            report.write_evaluation(traces, one)
+            report.update_metrics_csv(traces / "metrics.csv", [one.row])
+        print(
+            f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, "
+            f"{one.row['num_samples']:,} images: "
+            f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}"
+        )
+    if accelerator.is_main_process:
+        write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
+    print(
+        "metrics, classification reports, confusion matrices, predictions and model_comparison.txt "
+        f"are in {traces}"
+    )
+    return 0
