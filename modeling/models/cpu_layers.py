@@ -11,8 +11,8 @@ MAX_CPU_TOKENS = 1025
 class Dropout(nn.Dropout):
     """Dropout (Srivastava et al., JMLR 2014) with a faster random mask on a CPU.
 
-    On a CPU torch's Bernoulli draws are slow. This class draws 64-bit integers and takes four mask values from
-    each. The drop probability is rounded to the nearest multiple of 2**-15, and the scale uses the rounded
+    On a CPU torch's Bernoulli draws are slow. This class draws 64-bit integers and takes four mask values
+    from each. The drop probability is rounded to the nearest multiple of 2**-15, and the scale uses the rounded
     value. On other devices this is torch's own dropout.
     """
 
@@ -24,7 +24,8 @@ class Dropout(nn.Dropout):
         draws = torch.empty(num_draws, dtype=torch.int64).random_()
         draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
         draws = draws.bitwise_and_(2**15 - 1)
-        # The difference is negative where a value is dropped. The shift leaves its sign, -1 or 0. Add 1: 0 or 1.
+        # The difference is negative where a value is dropped. The shift leaves its sign, -1 or 0.
+        # Adding 1 gives 0 (dropped) or 1 (kept).
         kept = draws.sub_(num_dropped).bitwise_right_shift_(15).add_(1)
         scale = 2**15 / (2**15 - num_dropped)
         return x * kept.to(x.dtype).mul_(scale)
@@ -44,8 +45,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: Dropou
 def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """Attention as two matrix products and a softmax. Shapes as in `attention`.
 
-    On a CPU the fused kernel is slower than this, above all in its backward pass. Autocast is off here, so that
-    every step keeps the dtype of q, k and v.
+    On a CPU the fused kernel is slower than this, above all in its backward pass. Autocast is off here, so
+    that every step keeps the dtype of q, k and v.
     """
     with torch.autocast("cpu", enabled=False):
         scale = q.shape[-1] ** -0.5
