@@ -163,7 +163,7 @@ MOMENTS = {
     "after the record of the test": (scripts.train.tracking.Tracker, "record", 4, True),
     "before a state": (state.States, "save", 5, False),
     "after a state": (state.States, "save", 5, True),
-    "while a state is written": (checkpoint.os, "fsync", 10, False),
+    "while a state is written": (os, "fsync", 10, False),
     "after the last state": (state.States, "save", 8, True),
 }
 
