@@ -9,13 +9,13 @@ from modeling.errors import UserError
 class SimpleCNN(nn.Module):
     """Blocks of [Conv 3x3, (BatchNorm), MaxPool 2, ReLU], then Linear, ReLU, Dropout, Linear.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). ReLU stands after the pooling: the
-    result is the same as before it, and it works on a quarter of the numbers.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). ReLU stands after the pooling:
+    the result is the same as before it, and it works on a quarter of the numbers.
 
     `pool` averages the features to pool x pool, so the number of parameters is the same at every image size:
-    6,799,882 with the defaults and 10 classes. With `pool=None` the features are flattened as they are, and the
-    first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as He et al. do
-    (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
+    6,799,882 with the defaults and 10 classes. With `pool=None` the features are flattened as they are, and
+    the first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as He et al.
+    do (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
     UserError: the image is smaller than 2 ** len(channels).
     """
 

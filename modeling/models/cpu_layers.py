@@ -12,8 +12,8 @@ class Dropout(nn.Dropout):
     """Dropout (Srivastava et al., JMLR 2014) with a faster random mask on a CPU.
 
     On a CPU torch's Bernoulli draws are slow. This class draws 64-bit integers and takes four mask values
-    from each. The drop probability is rounded to the nearest multiple of 2**-15, and the scale uses the rounded
-    value. On other devices this is torch's own dropout.
+    from each. The drop probability is rounded to the nearest multiple of 2**-15, and the scale uses the
+    rounded value. On other devices this is torch's own dropout.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
