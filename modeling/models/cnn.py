@@ -14,8 +14,8 @@ class SimpleCNN(nn.Module):
 
     `pool` averages the features to pool x pool, so the number of parameters is the same at every image size:
     6,799,882 with the defaults and 10 classes. With `pool=None` the features are flattened as they are, and
-    the first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as He et al.
-    do (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
+    the first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as in
+    He et al. (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
     UserError: the image is smaller than 2 ** len(channels).
     """
 
