@@ -15,7 +15,7 @@ from conftest import ROOT
 from modeling import models
 from modeling.files import atomic_write, write_text
 from modeling.run import checkpoint
-from modeling.run.files import move_aside
+from modeling.run.files import RunFiles
 
 MODEL = {
     "name": "cnn_small",
@@ -121,7 +121,8 @@ from pathlib import Path
 from modeling.run import checkpoint
 print("ready", flush=True)
 for i in range(10**6):
-    checkpoint.save_checkpoint(Path({str(path)!r}), {{"w": torch.full((300_000,), float(i))}}, {{"step": i}}, {{}})
+    tensors = {{"w": torch.full((300_000,), float(i))}}
+    checkpoint.save_checkpoint(Path({str(path)!r}), tensors, {{"step": i}}, {{}})
     if i == 0: print("first", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -135,7 +136,8 @@ for i in range(10**6):
 
 
 def test_an_older_run_is_moved_aside_whole(tmp_path):
-    assert move_aside(tmp_path, "run") is None
+    files = RunFiles(tmp_path, "run")
+    assert files.move_aside() is None
     for name in (
         "checkpoints/run_best.safetensors",
         "runs/run/metrics.jsonl",
@@ -143,11 +145,11 @@ def test_an_older_run_is_moved_aside_whole(tmp_path):
         "traces/predictions_run.csv",
     ):
         write_text(tmp_path / name, name)
-    moved = move_aside(tmp_path, "run")
+    moved = files.move_aside()
     assert (moved / "checkpoints/run_best.safetensors").read_text() == "checkpoints/run_best.safetensors"
     assert (moved / "runs/run/metrics.jsonl").exists()
     assert (moved / "traces/predictions_run.csv").exists()
     assert not (tmp_path / "runs/run").exists()
     assert (tmp_path / "runs/run2/metrics.jsonl").exists()
     write_text(tmp_path / "runs/run/metrics.jsonl", "second")
-    assert move_aside(tmp_path, "run") != moved
+    assert files.move_aside() != moved

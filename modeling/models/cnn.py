@@ -9,12 +9,14 @@ from modeling.errors import UserError
 class SimpleCNN(nn.Module):
     """Blocks of [Conv 3x3, (BatchNorm), MaxPool 2, ReLU], then Linear, ReLU, Dropout, Linear.
 
-    ReLU after the pooling is the same function as before it, on a quarter of the numbers.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). ReLU stands after the pooling:
+    the result is the same as before it, and it works on a quarter of the numbers.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults and 10 classes it has
-    6,799,882 parameters at any size, for the features are average-pooled to `pool` x `pool`. `pool=None` flattens them as they
-    are, so that the first Linear fits `image_size` alone. `kaiming` draws the weights that a ReLU follows (He et al.,
-    https://arxiv.org/abs/1502.01852); without it they are PyTorch's defaults. UserError: an image smaller than 2 ** blocks.
+    `pool` averages the features to pool x pool, so the number of parameters is the same at every image size:
+    6,799,882 with the defaults and 10 classes. With `pool=None` the features are flattened as they are, and
+    the first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as in
+    He et al. (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
+    UserError: the image is smaller than 2 ** len(channels).
     """
 
     def __init__(
@@ -33,13 +35,16 @@ class SimpleCNN(nn.Module):
         side = image_size // 2 ** len(channels)
         if side < 1:
             raise UserError(
-                f"image size {image_size} is too small for {len(channels)} halvings: use at least {2 ** len(channels)}"
+                f"image size {image_size} is too small for {len(channels)} halvings: "
+                f"use at least {2 ** len(channels)}"
             )
         blocks: list[nn.Module] = []
         for in_channels, out_channels in zip((3, *channels), channels, strict=False):
             blocks.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
-            blocks.extend([nn.BatchNorm2d(out_channels)] if batch_norm else [])
-            blocks.extend([nn.MaxPool2d(2), nn.ReLU(inplace=True)])
+            if batch_norm:
+                blocks.append(nn.BatchNorm2d(out_channels))
+            blocks.append(nn.MaxPool2d(2))
+            blocks.append(nn.ReLU(inplace=True))
         self.features = nn.Sequential(*blocks)
         self.pool = nn.AdaptiveAvgPool2d(pool) if pool else nn.Identity()
         self.classifier = nn.Sequential(
@@ -59,5 +64,5 @@ class SimpleCNN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.features(x)  # (B, C, H', W')
-        x = self.pool(x)  # (B, C, 7, 7)
+        x = self.pool(x)  # (B, C, pool, pool)
         return self.classifier(x)  # (B, num_classes)

@@ -1,26 +1,54 @@
-"""What makes attention and dropout fast on a CPU."""
+"""Attention and dropout that are fast on a CPU."""
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+
+# With more tokens than this the matrix of attention weights takes much memory, and the fused kernel is used.
+MAX_CPU_TOKENS = 1025
 
 
 class Dropout(nn.Dropout):
-    """Dropout (Srivastava et al., JMLR 2014) whose masks come four from one draw on a CPU, where torch's Bernoulli draws are slow.
+    """Dropout (Srivastava et al., JMLR 2014) with a faster random mask on a CPU.
 
-    There the probability is the nearest multiple of 2**-15, and the scale fits it.
+    On a CPU torch's Bernoulli draws are slow. This class draws 64-bit integers and takes four mask values
+    from each. The drop probability is rounded to the nearest multiple of 2**-15, and the scale uses the
+    rounded value. On other devices this is torch's own dropout.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dropped = round(self.p * 2**15)  # of the values of 15 random bits
-        if not self.training or not 0 < dropped < 2**15 or x.device.type != "cpu":
+        num_dropped = round(self.p * 2**15)  # how many of the 2**15 values of 15 random bits mean "drop"
+        if not self.training or not 0 < num_dropped < 2**15 or x.device.type != "cpu":
             return super().forward(x)
-        draws = (
-            torch.empty(-(-x.numel() // 4), dtype=torch.int64)
-            .random_()
-            .view(torch.int16)[: x.numel()]
-            .view(x.shape)
-        )
-        kept = (
-            draws.bitwise_and_(2**15 - 1).sub_(dropped).bitwise_right_shift_(15).add_(1)
-        )  # the shift leaves -1 or 0
-        return x * kept.to(x.dtype).mul_(2**15 / (2**15 - dropped))
+        num_draws = (x.numel() + 3) // 4
+        draws = torch.empty(num_draws, dtype=torch.int64).random_()
+        draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        draws = draws.bitwise_and_(2**15 - 1)
+        # The difference is negative where a value is dropped. The shift leaves its sign, -1 or 0.
+        # Adding 1 gives 0 (dropped) or 1 (kept).
+        kept = draws.sub_(num_dropped).bitwise_right_shift_(15).add_(1)
+        scale = 2**15 / (2**15 - num_dropped)
+        return x * kept.to(x.dtype).mul_(scale)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Scaled dot-product attention: softmax(q k^T / sqrt(d)) v. q, k, v and the result: (B, num_heads, N, d).
+
+    `dropout` is applied to the attention weights. On a CPU with few tokens this calls `cpu_attention`.
+    Otherwise it calls PyTorch's fused kernel.
+    """
+    if q.device.type == "cpu" and q.shape[-2] <= MAX_CPU_TOKENS:
+        return cpu_attention(q, k, v, dropout)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout.p if dropout.training else 0.0)
+
+
+def cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """Attention as two matrix products and a softmax. Shapes as in `attention`.
+
+    On a CPU the fused kernel is slower than this, above all in its backward pass. Autocast is off here, so
+    that every step keeps the dtype of q, k and v.
+    """
+    with torch.autocast("cpu", enabled=False):
+        scale = q.shape[-1] ** -0.5
+        weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, num_heads, N, N)
+        return dropout(weights) @ v  # (B, num_heads, N, d)

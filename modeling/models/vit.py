@@ -2,14 +2,15 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from modeling.errors import UserError
-from modeling.models.cpu_layers import Dropout
+from modeling.models.cpu_layers import Dropout, attention
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens: (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention: (B, N, D) -> (B, N, D), with d = D / num_heads numbers per head."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -20,21 +21,20 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
-        if (
-            x.device.type == "cpu" and N <= 1025
-        ):  # where the fused kernel is slow, its backward most, and weights are few
-            with torch.autocast("cpu", enabled=False):
-                weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, N, N)
-                x = self.dropout(weights) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p if self.training else 0.0)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        qkv = self.qkv(x)  # (B, N, 3 * D)
+        qkv = qkv.view(B, N, 3, self.num_heads, D // self.num_heads)  # (B, N, 3, num_heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, num_heads, N, d)
+        x = attention(q, k, v, self.dropout)  # (B, num_heads, N, d)
+        x = x.transpose(1, 2).reshape(B, N, D)  # the heads side by side: (B, N, D)
+        return self.proj(x)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with a residual; LayerNorm after the sum (post-norm) or before the branch (pre-norm)."""
+    """One transformer layer: attention, then an MLP, each added to its input. (B, N, D) -> (B, N, D).
+
+    Post-norm normalises each sum, as in the first transformer. Pre-norm normalises the input of the attention
+    and of the MLP, as in ViT.
+    """
 
     def __init__(
         self,
@@ -49,11 +49,12 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.pre_norm = pre_norm
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
         self.attention = Attention(dim=dim, num_heads=num_heads, dropout=attention_dropout)
         self.mlp = nn.Sequential(
             nn.Linear(dim, mlp_dim),
-            {"gelu": nn.GELU, "relu": nn.ReLU}[activation](),
+            ACTIVATIONS[activation](),
             Dropout(dropout),
             nn.Linear(mlp_dim, dim),
         )
@@ -68,12 +69,12 @@ class Block(nn.Module):
 
 
 class SimpleViT(nn.Module):
-    """Patches by convolution, a class token, learned positions, `depth` blocks, LayerNorm, Linear on the class token.
+    """Cut the image into patches, run `depth` blocks over them, and classify from the class token.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With 10 classes: 1,205,898 parameters with the
-    defaults (32 px), 2,497,418 with image_size 224, patch_size 16, depth 4, mlp_dim 2048. Class token and positions are drawn
-    from N(0, 1), the blocks' weights with a deviation of 0.02. UserError: a size that the patch does not divide, a dim that the
-    heads do not divide.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With 10 classes it has
+    1,205,898 parameters with the defaults (32 px), and 2,497,418 with image_size 224, patch_size 16, depth 4
+    and mlp_dim 2048.
+    UserError: patch_size does not divide image_size, or num_heads does not divide dim.
     """
 
     def __init__(
@@ -99,35 +100,42 @@ class SimpleViT(nn.Module):
             )
         if dim % num_heads:
             raise UserError(f"dim {dim} is not a multiple of num_heads {num_heads}: change one of them")
-        num_tokens = (image_size // patch_size) ** 2 + 1
+        num_tokens = (image_size // patch_size) ** 2 + 1  # the patches and the class token
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        # The class token and the positions are learned. They start as draws from N(0, 1).
         self.class_token = nn.Parameter(torch.randn(1, 1, dim))
         self.positions = nn.Parameter(torch.randn(1, num_tokens, dim))
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    dim=dim,
-                    num_heads=num_heads,
-                    mlp_dim=mlp_dim,
-                    activation=activation,
-                    pre_norm=pre_norm,
-                    attention_dropout=attention_dropout,
-                    dropout=dropout,
-                )
-                for _ in range(depth)
+        blocks = []
+        for _ in range(depth):
+            block = Block(
+                dim=dim,
+                num_heads=num_heads,
+                mlp_dim=mlp_dim,
+                activation=activation,
+                pre_norm=pre_norm,
+                attention_dropout=attention_dropout,
+                dropout=dropout,
             )
-        )
+            blocks.append(block)
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(dim, num_classes)
-        # As ViT and DeiT: small branches. With PyTorch's defaults the post-norm blocks at 224 px stay at ln(classes) for long.
+        # ViT and DeiT also start with small weights. With PyTorch's larger defaults a post-norm model at
+        # 224 px keeps the loss of a random guess, ln(num_classes), for many steps.
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.positions  # (B, N, D)
-        x = self.norm(self.blocks(x))
-        return self.head(self.head_dropout(x[:, 0]))  # (B, num_classes)
+        B = len(x)
+        x = self.patch_embed(x)  # (B, D, H / patch_size, W / patch_size)
+        x = x.flatten(2).transpose(1, 2)  # one row per patch: (B, N - 1, D)
+        class_token = self.class_token.expand(B, -1, -1)  # (B, 1, D)
+        x = torch.cat([class_token, x], dim=1)  # (B, N, D)
+        x = x + self.positions
+        x = self.blocks(x)
+        x = self.norm(x)
+        x = x[:, 0]  # the class token: (B, D)
+        return self.head(self.head_dropout(x))  # (B, num_classes)
