@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, recall_score, top_k_accuracy_score
 
 import evaluate
+from modeling.stats.proportions import mcnemar_midp
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
 _CACHE = tempfile.TemporaryDirectory()  # `evaluate` makes a folder even for metrics in memory
@@ -75,6 +76,34 @@ class F1(_Metric):
             f1_score(references, predictions, average=a, zero_division=0) for a in ("macro", "weighted")
         )
         return {"macro_f1": float(macro), "weighted_f1": float(weighted)}
+
+
+class McNemar(evaluate.Comparison):
+    """McNemar's test of two models on the same images, with the two-sided mid-p value.
+
+    difference is the accuracy of predictions1 minus that of predictions2; only1 and only2 count the images that one of
+    them has right and the other wrong.
+    """
+
+    def __init__(self):
+        super().__init__(keep_in_memory=True, cache_dir=_CACHE.name)
+
+    def _info(self) -> evaluate.ComparisonInfo:
+        features = {name: datasets.Value("int64") for name in ("predictions1", "predictions2", "references")}
+        return evaluate.ComparisonInfo(
+            description=self.__doc__, citation="", features=datasets.Features(features)
+        )
+
+    def _compute(self, predictions1, predictions2, references):
+        right1 = np.asarray(predictions1) == np.asarray(references)
+        right2 = np.asarray(predictions2) == np.asarray(references)
+        only1, only2 = int((right1 & ~right2).sum()), int((right2 & ~right1).sum())
+        return {
+            "p": float(mcnemar_midp(only1, only2)),
+            "difference": (only1 - only2) / len(right1),
+            "only1": only1,
+            "only2": only2,
+        }
 
 
 def compute(predictions) -> dict[str, float]:

@@ -9,6 +9,7 @@ import torch
 
 # What a number is for is always the key after the seed: no two purposes ever share a stream.
 ORDER, SPLIT, SUBSET, AUGMENT, MIX, DROPOUT, INIT = range(7)
+BOOTSTRAP, HONEST, FOLD, PICTURE = range(7, 11)  # of a comparison: see modeling/stats and modeling/page.py
 
 
 def _signed(value: int) -> int:

@@ -5,8 +5,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as reference
 
+import evaluate
 from modeling import metrics
 from modeling.engine import Predictions
 
@@ -54,3 +56,22 @@ def test_a_second_computation_does_not_remember_the_first():
 
 def test_one_image():
     assert metrics.compute(random_predictions(10, n=1))["accuracy"] in (0.0, 1.0)
+
+
+def test_mcnemar_is_an_evaluate_comparison_with_the_midp_of_scipys_exact_test():
+    rng = np.random.default_rng(0)
+    references = rng.integers(0, 5, 400)
+    one, two = (np.where(rng.random(400) < skill, references, (references + 1) % 5) for skill in (0.9, 0.8))
+    comparison = metrics.McNemar()
+    assert isinstance(comparison, evaluate.Comparison)
+    found = comparison.compute(predictions1=one, predictions2=two, references=references)
+    only1 = int(((one == references) & (two != references)).sum())
+    only2 = int(((two == references) & (one != references)).sum())
+    exact = stats.binomtest(only1, only1 + only2).pvalue
+    midp = exact - stats.binom.pmf(only1, only1 + only2, 0.5)
+    assert (found["only1"], found["only2"]) == (only1, only2)
+    assert found["p"] == pytest.approx(midp)
+    assert found["difference"] == pytest.approx((one == references).mean() - (two == references).mean())
+    swapped = comparison.compute(predictions1=two, predictions2=one, references=references)
+    assert swapped["p"] == found["p"]
+    assert swapped["difference"] == -found["difference"]

@@ -1,0 +1,119 @@
+"""What a model costs: time of the forward pass, arithmetic, parameters, size of the file, time to train."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+BATCH_SIZES = (64, 1)
+NUM_ROUNDS = 5
+WARMUP_BATCHES = 3
+ROUND_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Milliseconds of the forward pass, each the median of the rounds.
+
+    batch_ms is of one image in a batch of 64; single_ms is of a batch of one image. spread is the slowest round at
+    batch 64 over the fastest one: far above 1 the machine was busy with something else.
+    """
+
+    batch_ms: float
+    single_ms: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one model. gflops: of the forward pass of one image, two operations for each multiply-add.
+
+    None: not known or, of speed, not measured.
+    """
+
+    parameters: int
+    gflops: float | None = None
+    file_bytes: int | None = None
+    train_seconds: float | None = None
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The cost of each model by its name, and how speed was measured: "cpu, 2 threads, precision no".
+
+    why_no_speed says why it was not measured, and is empty where it was.
+    """
+
+    by_name: dict[str, Cost]
+    conditions: str = ""
+    why_no_speed: str = ""
+
+    def get(self, name: str) -> Cost | None:
+        return self.by_name.get(name)
+
+
+@torch.no_grad()
+def measure_speed(
+    models: Sequence[nn.Module],
+    image_sizes: Sequence[int],
+    *,
+    device: torch.device,
+    round_seconds: float = ROUND_SECONDS,
+    num_rounds: int = NUM_ROUNDS,
+) -> list[Speed]:
+    """Time the forward pass of each model in eval mode, on images of its size in pixels.
+
+    The models take turns: all are timed once in each round, so that a change of the machine's speed meets all alike.
+    The models keep the mode that they were in.
+    """
+    were_training = [model.training for model in models]
+    inputs = [
+        {batch: torch.zeros(batch, 3, size, size, device=device) for batch in BATCH_SIZES}
+        for size in image_sizes
+    ]
+    seconds: list[dict[int, list[float]]] = [{batch: [] for batch in BATCH_SIZES} for _ in models]
+    for model in models:
+        model.eval()
+    for _ in range(num_rounds):
+        for model, batches, times in zip(models, inputs, seconds, strict=True):
+            for batch, x in batches.items():
+                times[batch].append(_seconds_of_image(model, x, device, round_seconds))
+    for model, was_training in zip(models, were_training, strict=True):
+        model.train(was_training)
+    large, single = BATCH_SIZES
+    return [
+        Speed(
+            batch_ms=1e3 * statistics.median(times[large]),
+            single_ms=1e3 * statistics.median(times[single]),
+            spread=max(times[large]) / min(times[large]),
+        )
+        for times in seconds
+    ]
+
+
+def _seconds_of_image(model: nn.Module, x: torch.Tensor, device: torch.device, least_seconds: float) -> float:
+    """Warm up, then run the batch again and again for at least `least_seconds`. The time of one of its images."""
+    started = time.perf_counter()
+    for _ in range(WARMUP_BATCHES):
+        model(x)
+        _wait(device)
+        if time.perf_counter() - started > least_seconds:
+            break  # a slow model is warm after one batch
+    num_batches = 0
+    started = elapsed = time.perf_counter()
+    while elapsed - started < least_seconds:
+        model(x)
+        _wait(device)
+        num_batches += 1
+        elapsed = time.perf_counter()
+    return (elapsed - started) / (num_batches * len(x))
+
+
+def _wait(device: torch.device) -> None:
+    """A GPU works while Python goes on: wait for it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
