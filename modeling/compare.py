@@ -77,6 +77,13 @@ class Pair:
         return self.only_a == self.only_b == 0
 
     @property
+    def loser(self) -> int | None:
+        """The entry that is really worse; None: the pair is not told apart."""
+        if not self.is_real:
+            return None
+        return self.b if self.difference.value > 0 else self.a
+
+    @property
     def verdict(self) -> str:
         if self.is_real:
             return "real"
@@ -123,6 +130,10 @@ class Comparison:
 
     def pair(self, a: int, b: int) -> Pair | None:
         return next((pair for pair in self.pairs if (pair.a, pair.b) == (a, b)), None)
+
+    def beaten_by(self, k: int) -> list[int]:
+        """The entries that really beat entry k."""
+        return [pair.a + pair.b - k for pair in self.pairs if pair.loser == k]
 
     def visible_difference(self) -> tuple[Pair, float] | None:
         """The pair of single runs that disagrees least, and the smallest difference that its images could show.
@@ -278,7 +289,7 @@ def compare(models: Sequence[Model]) -> Comparison:
     corrected = holm([pair.p for pair in pairs])
     pairs = [replace(pair, corrected_p=float(p)) for pair, p in zip(pairs, corrected, strict=True)]
 
-    ranks = [1 + sum(_is_beaten(pair, k) for pair in pairs) for k in range(num_compared)]
+    ranks = [1 + sum(pair.loser == k for pair in pairs) for k in range(num_compared)]
     ranked = [
         replace(entry, rank=rank, is_tied=ranks.count(rank) > 1)
         for entry, rank in zip(entries, ranks, strict=False)
@@ -290,9 +301,3 @@ def compare(models: Sequence[Model]) -> Comparison:
 def _saw_images_of_another(entries: Sequence[Entry], k: int, others: Sequence[int]) -> bool:
     """Whether some other entry saw enough of the images of entry k."""
     return any(len(common_rows([*entries[k].runs, *entries[j].runs])) for j in others if j != k)
-
-
-def _is_beaten(pair: Pair, k: int) -> bool:
-    """Whether the other entry of the pair really beats entry k."""
-    loser = pair.b if pair.difference.value > 0 else pair.a
-    return pair.is_real and loser == k

@@ -1,0 +1,130 @@
+"""The warnings above the page's figures. Each is there only if it is true."""
+
+from dataclasses import dataclass
+
+from modeling.analysis import BUSY, Analysis
+from modeling.pages.words import dataset_name, join_names, plural
+
+FEW_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Banner:
+    strong: str
+    text: str
+
+
+def banners(analysis: Analysis) -> list[Banner]:
+    """All that are true, in the order of the page."""
+    found = [
+        _runs(analysis),
+        _not_compared(analysis),
+        _not_the_same_images(analysis),
+        _few_images(analysis),
+        _busy_machine(analysis),
+        _pretrained_on_stl10(analysis),
+    ]
+    return [banner for banner in found if banner]
+
+
+def _runs(analysis: Analysis) -> Banner | None:
+    compared = [entry for entry in analysis.entries if entry.rank is not None]
+    single = [entry.name for entry in compared if len(entry.runs) == 1]
+    several = [entry.name for entry in compared if len(entry.runs) > 1]
+    if several and single:
+        return Banner(
+            f"One run of {join_names(single)}.",
+            f"Another seed moves it too. Of {join_names(several)} the intervals cover other seeds and other images. "
+            + _shown_runs(analysis),
+        )
+    if several:
+        return Banner(
+            "Several runs of each.",
+            "Small circles are the runs. The intervals cover other seeds and other images. "
+            + _shown_runs(analysis),
+        )
+    if len(single) > 1:
+        return Banner(
+            "One run of each.",
+            "The intervals are about the images. Another seed moves a model too: to compare recipes, train three or "
+            "more runs of each with different seeds.",
+        )
+    return None
+
+
+def _shown_runs(analysis: Analysis) -> str:
+    names = [entry.shown.name for entry in analysis.entries if len(entry.runs) > 1]
+    return (
+        "Confusions, pictures, confidence, averages and labels show the run nearest to its recipe's mean accuracy: "
+        f"{join_names(names, most=12)}."
+    )
+
+
+def _not_compared(analysis: Analysis) -> Banner | None:
+    names = [entry.name for entry in analysis.entries if entry.rank is None]
+    if not names or len(analysis.entries) == 1:
+        return None
+    if len(names) == len(analysis.entries):
+        return Banner(
+            "Different images or classes.",
+            "No two models saw the same images with the same classes, so none is compared with another.",
+        )
+    return Banner(
+        "Different images or classes.",
+        f"{join_names(names, most=12)} saw other images or {'knows' if len(names) == 1 else 'know'} other classes: "
+        "not ranked, and not compared with the other models.",
+    )
+
+
+def _not_the_same_images(analysis: Analysis) -> Banner | None:
+    shared = analysis.shared
+    compared = [entry for entry in analysis.entries if entry.rank is not None]
+    saw_more = [entry for entry in compared if len(entry.shown) > len(shared.rows)]
+    if len(compared) < 2 or (len(shared.entries) == len(compared) and not saw_more):
+        return None
+    names = join_names([analysis.entries[k].name for k in shared.entries], most=12)
+    return Banner(
+        "Not the same images.",
+        "Each pair is compared on the images that both saw. Classes, pictures, averages and labels are about the "
+        f"{plural(len(shared.rows), 'image')} that {names} saw.",
+    )
+
+
+def _few_images(analysis: Analysis) -> Banner | None:
+    num_images = len(analysis.entries[0].shown)
+    if num_images >= FEW_IMAGES:
+        return None
+    return Banner(
+        f"Only {plural(num_images, 'image')}.", "The intervals are wide: most differences cannot be seen."
+    )
+
+
+def _busy_machine(analysis: Analysis) -> Banner | None:
+    names = []
+    for entry in analysis.entries:
+        cost = analysis.costs.get(entry.shown.name)
+        if cost and cost.speed and cost.speed.spread > BUSY:
+            names.append(entry.name)
+    if not names:
+        return None
+    return Banner(
+        "The machine was busy.",
+        f"The slowest and the fastest round of {join_names(names)} differ by more than {BUSY:g} times: measure the "
+        "speed again on a quiet machine.",
+    )
+
+
+def _pretrained_on_stl10(analysis: Analysis) -> Banner | None:
+    names = [
+        entry.name
+        for entry in analysis.entries
+        if dataset_name(entry.shown.dataset) == "stl10"
+        and entry.shown.header.get("weights", {}).get("source", "random") != "random"
+    ]
+    if not names:
+        return None
+    return Banner(
+        "Pretrained weights on STL-10.",
+        f"STL-10 was drawn from ImageNet: the weights that {join_names(names)} started from may have seen these "
+        "images with their labels.",
+    )
