@@ -16,6 +16,7 @@ from PIL import Image
 from modeling.data import decoding, store
 from modeling.data.batches import training_steps
 from modeling.data.images import Images
+from modeling.data.images import decode as decode_images
 from modeling.data.sources import load_source
 
 
@@ -35,11 +36,11 @@ def folder(tmp_path) -> Path:
 def decode(folder: Path, split: str, rows=None, **options) -> Images:
     source = load_source(str(folder))
     rows = torch.arange(len(source.splits[split])) if rows is None else rows
-    return decode(source, split, rows, **{"image_size": 32, "num_threads": 1} | options)
+    return decode_images(source, split, rows, **{"image_size": 32, "num_workers": 1} | options)
 
 
 def images_of(images: Images) -> list[torch.Tensor]:
-    return [images.pixels[index] for index in images.where.tolist()]
+    return [images.pixels[index] for index in images.pixel_index.tolist()]
 
 
 def no_decoding(monkeypatch) -> None:
@@ -72,7 +73,7 @@ def test_a_store_holds_what_decoding_gives_and_is_built_once(cache, folder, spli
 def test_a_part_of_a_split_is_decoded_alone_and_what_is_in_memory_has_no_store(cache, folder):
     decode(folder, "train", torch.arange(5))
     source = load_source("digits")
-    decode(source, "test", torch.arange(359), image_size=32, num_workers=1)
+    decode_images(source, "test", torch.arange(359), image_size=32, num_workers=1)
     assert not cache.exists()
 
 
@@ -89,11 +90,12 @@ def test_other_images_or_another_size_have_a_store_of_their_own(cache, folder):
 def test_one_that_is_killed_leaves_nothing_that_counts_and_two_at_once_build_one(cache, folder, tmp_path):
     """Two processes build at once; the first to hold the lock is killed halfway, the other takes over."""
     code = (
-        "import sys, time; sys.path.insert(0, '.'); import torch; from modeling import data, decoding\n"
+        "import sys, time; sys.path.insert(0, '.'); import torch\n"
+        "from modeling.data import decoding, images, sources\n"
         "read = decoding.read_image\n"
         "def slow(*args): time.sleep(0.1); print('image', flush=True); return read(*args)\n"
-        "decoding.read_image = slow; source = load_source(sys.argv[1])\n"
-        "data.decode(source, 'train', torch.arange(22), image_size=32, num_workers=0); print('done')"
+        "decoding.read_image = slow; source = sources.load_source(sys.argv[1])\n"
+        "images.decode(source, 'train', torch.arange(22), image_size=32, num_workers=0); print('done')"
     )
     env = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     start = [sys.executable, "-c", code, str(folder)]
@@ -145,9 +147,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_builds(cache, folder, tmp_path
     assert not list(cache.glob("*.half"))
 
 
-@pytest.mark.parametrize("num_threads", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(
-    cache, folder, num_threads, capsys
+    cache, folder, num_workers, capsys
 ):
     turned = Image.new("RGB", (60, 20), "green")
     exif = turned.getexif()
@@ -155,12 +157,12 @@ def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(
     turned.save(folder / "train" / "a" / "turned.jpg", exif=exif)
     turned.save(folder / "train" / "a" / "turned.tiff", exif=exif)
     Image.new("RGB", (900, 600), "blue").save(folder / "train" / "a" / "large.png")
-    limited = decode(folder, "train", store_limit=1000, num_workers=num_threads)
+    limited = decode(folder, "train", store_limit=1000, num_workers=num_workers)
     assert "above --store-limit" in capsys.readouterr().out
     assert isinstance(limited.pixels, decoding.Decoder) and not cache.exists()
     assert limited.fingerprint() == decode(folder, "train", store_limit=1000).fingerprint()
     assert limited.fingerprint() != decode(folder, "train", torch.arange(20), store_limit=1000).fingerprint()
-    stored = decode(folder, "train", num_workers=num_threads)
+    stored = decode(folder, "train", num_workers=num_workers)
     assert (
         torch.equal(limited.sizes, stored.sizes)
         and [60, 20] in limited.sizes.tolist()

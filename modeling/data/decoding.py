@@ -30,7 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _open(cell: dict, where: str) -> Iterator[Image.Image]:
+def _open(cell: dict, described_as: str) -> Iterator[Image.Image]:
     """One cell of an undecoded image column. UserError: what is done with it fails, naming the file, or `where` it stands."""
     try:
         if cell["bytes"] is None and cell["path"] is None:
@@ -39,13 +39,13 @@ def _open(cell: dict, where: str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         path = cell["path"] or ""
-        name = path if Path(path).is_file() else f"{path} in {where}" if path else where
+        name = path if Path(path).is_file() else f"{path} in {described_as}" if path else described_as
         raise UserError(f"cannot decode image {name}: {error or type(error).__name__}") from error
 
 
-def read_image(cell: dict, where: str) -> Image.Image:
+def read_image(cell: dict, described_as: str) -> Image.Image:
     """Decode one cell of an undecoded image column. UserError: undecodable, naming the file, or `where` it stands."""
-    with _open(cell, where) as image:
+    with _open(cell, described_as) as image:
         return to_rgb(image)
 
 
@@ -61,9 +61,9 @@ def reduced(image: Image.Image, short_side: int) -> Image.Image:
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
 
 
-def read_size(cell: dict, where: str) -> tuple[int, int]:
+def read_size(cell: dict, described_as: str) -> tuple[int, int]:
     """Width and height of one cell of an undecoded image column, upright, from the file's header. UserError: unreadable."""
-    with _open(cell, where) as image:
+    with _open(cell, described_as) as image:
         turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (
             5,
             6,
@@ -106,9 +106,9 @@ class Decoder:
         return [to_tensor(image) for image in self.images.map(read, rows, self.num_workers)]
 
 
-def read_reduced(cell: dict, where: str, *, short_side: int) -> Image.Image:
+def read_reduced(cell: dict, described_as: str, *, short_side: int) -> Image.Image:
     """read_image, reduced."""
-    return reduced(read_image(cell, where), short_side)
+    return reduced(read_image(cell, described_as), short_side)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -24,14 +24,14 @@ FINGERPRINT_BYTES = 10**9  # of pixels that a fingerprint reads
 
 @dataclass
 class Images:
-    """Images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
+    """Images of one split: image i is pixels[pixel_index[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
 
-    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, sorted, the row of each in the dataset's
+    pixel_index (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, sorted, the row of each in the dataset's
     split, by which its augmentation is drawn; origin is the split's fingerprint by `datasets`, digest what fingerprint() gave.
     """
 
     pixels: store.Pixels | decoding.Decoder
-    where: torch.Tensor
+    pixel_index: torch.Tensor
     sizes: torch.Tensor
     labels: torch.Tensor
     rows: torch.Tensor
@@ -44,17 +44,17 @@ class Images:
 
     def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""
-        sizes, where = self.sizes[positions], self.where[positions]
+        sizes, pixel_index = self.sizes[positions], self.pixel_index[positions]
         if isinstance(self.pixels, torch.Tensor):
-            return self.pixels[where], sizes
+            return self.pixels[pixel_index], sizes
         height, width = sizes.amax(dim=0).tolist()
         out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
-        for canvas, image in zip(out, self._pixels_of(where), strict=True):
+        for canvas, image in zip(out, self._pixels_of(pixel_index), strict=True):
             canvas[:, : image.shape[1], : image.shape[2]] = image
         return out, sizes
 
-    def _pixels_of(self, where: torch.Tensor) -> Iterable[torch.Tensor]:
-        indices = where.tolist()
+    def _pixels_of(self, pixel_index: torch.Tensor) -> Iterable[torch.Tensor]:
+        indices = pixel_index.tolist()
         return (
             self.pixels.take(indices)
             if isinstance(self.pixels, decoding.Decoder)
@@ -66,7 +66,7 @@ class Images:
         if self.digest is None:
             every = -(-3 * int(self.sizes.prod(dim=1).sum()) // FINGERPRINT_BYTES)
             digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
-            for part in self.where[::every].split(1024):
+            for part in self.pixel_index[::every].split(1024):
                 for image in self._pixels_of(part):
                     digest.update(image.numpy())
             self.digest = digest.hexdigest()
@@ -103,8 +103,8 @@ def decode(
                 if bar:
                     bar.update(1)
 
-    def kept_size(cell: dict, where: str) -> tuple[int, int]:
-        return decoding.reduced_size(decoding.read_size(cell, where), keep)[::-1]
+    def kept_size(cell: dict, described_as: str) -> tuple[int, int]:
+        return decoding.reduced_size(decoding.read_size(cell, described_as), keep)[::-1]
 
     read_image = functools.partial(decoding.read_reduced, short_side=keep)
     path = store.store_path(source.splits[split], source.image_column, keep)
@@ -115,12 +115,12 @@ def decode(
             3 * sum(math.prod(size) for size in encoded.map(kept_size, sample, num_workers)) / len(sample)
         )
     if path is None or not (is_stored or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
-        pixels, where = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
+        pixels, pixel_index = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
     elif is_stored or image_bytes * num_images <= store_limit:
         store.build(path, read(read_image, range(num_images), everywhere=True))
-        pixels, where = store.read(path), rows
+        pixels, pixel_index = store.read(path), rows
     else:
-        pixels, where = decoding.Decoder(encoded, num_workers, keep), rows
+        pixels, pixel_index = decoding.Decoder(encoded, num_workers, keep), rows
         print(
             f"Split {split}, {image_bytes * num_images / 1e9:.3g} GB decoded, is above --store-limit: decoded as it is used",
             flush=True,
@@ -128,12 +128,12 @@ def decode(
     if isinstance(pixels, torch.Tensor):
         sizes = torch.tensor(pixels.shape[2:]).expand(len(rows), 2)
     elif isinstance(pixels, list):
-        sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
+        sizes = torch.tensor([pixels[index].shape[1:] for index in pixel_index.tolist()])
     else:
         sizes = torch.tensor(list(read(kept_size, rows.tolist(), "reading sizes")))
     return Images(
         pixels,
-        where,
+        pixel_index,
         sizes,
         source.labels(split)[rows],
         rows,
