@@ -22,7 +22,8 @@ class Known:
     """A dataset that has a short name.
 
     hub_id is None where the dataset does not come from the hub. classes (in any order) and side (height and
-    width in pixels) are what the dataset must have. val_fraction is the default share of train for validation.
+    width in pixels) are what the dataset must have. val_fraction is the default share of train for
+    validation.
     """
 
     name: str
@@ -119,7 +120,7 @@ class Source:
 
 
 def digits() -> datasets.DatasetDict:
-    """Give scikit-learn's 1,797 digits as 32x32 RGB, divided 80/20 into train and test, always in the same way."""
+    """Give scikit-learn's 1,797 digits as 32x32 RGB, with a fixed 80/20 division into train and test."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -280,11 +281,12 @@ def select_rows(
     limit_train: int | None = None,
     limit_eval: int | None = None,
 ) -> tuple[str, torch.Tensor]:
-    """Choose the images of a split: give the name of the dataset's split and the sorted rows in it, (N,) int64.
+    """Choose the images of a split: give the name of the dataset's split and the sorted rows in it, (N,)
+    int64.
 
     If the dataset has no validation split, its train split is divided: validation takes `val_fraction`, train
-    keeps the rest. The limits then take a subset. Both choices are stratified by class and depend on the seed.
-    UserError: the dataset has no such split, or no image is left.
+    keeps the rest. The limits then take a subset. Both choices are stratified by class and depend on the
+    seed. UserError: the dataset has no such split, or no image is left.
     """
     source_split = split
     if split in source.splits:
