@@ -1,4 +1,4 @@
-"""The store of decoded images: built once, the same as decoding anew, safe against kills, damage and each other."""
+"""The store of decoded images: built once, equal to decoding anew, safe against kills and damage."""
 
 import os
 import signal
@@ -227,7 +227,7 @@ def test_an_error_while_decoding_ahead_is_one_line(cache, folder, tmp_path, monk
 
 
 def test_a_store_is_read_through_the_page_cache_not_into_memory(cache, tmp_path):
-    """Training on a store of 60 MB takes little memory of the process's own: its pages stay the system's, to drop when it needs them."""
+    """Training on a store of 60 MB takes little memory: its pages stay in the system's cache."""
     path = tmp_path / "store"
     path.mkdir()
     (path / "pixels").write_bytes(os.urandom(3 * 1000) * 20000)
