@@ -79,9 +79,9 @@ def main() -> None:
     source = load_source(args.data)
     rows = torch.arange(len(source.splits["train"]))[:2048]
     images = decode(source, "train", rows, image_size=224, num_workers=num_cores())
-    images.where, images.sizes, images.labels, images.rows = (
+    images.pixel_index, images.sizes, images.labels, images.rows = (
         part.repeat(-(-2048 // len(rows)), *[1] * (part.dim() - 1))[:2048]
-        for part in (images.where, images.sizes, images.labels, images.rows)
+        for part in (images.pixel_index, images.sizes, images.labels, images.rows)
     )
     pictures = [T.functional.to_pil_image(images.gather(torch.tensor([i]))[0][0]) for i in range(2048)]
     side, padding = int(images.sizes[0, 0]), int(images.sizes[0, 0]) // 8

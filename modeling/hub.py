@@ -1,14 +1,16 @@
 """Repositories of the Hugging Face hub: whole files at one commit, from the cache where they are, in bounded time."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import WeakFileLock, _http
+from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from modeling.errors import UserError
@@ -37,10 +39,12 @@ def download(
     options = dict(repo_type=repo_type, revision=revision, allow_patterns=files)
     error: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
-        _be_impatient()
         try:
-            with WeakFileLock(
-                Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
+            with (
+                _impatient(),
+                WeakFileLock(
+                    Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
+                ),
             ):
                 return Path(_with_retries(repo_id, **options))
         except errors.HFValidationError as failure:
@@ -89,10 +93,12 @@ def _is_quiet() -> bool:
     return time.monotonic() - _heard > QUIET_ANSWERS * _answer_seconds()
 
 
-def _be_impatient() -> None:
-    """Give each of the library's requests ANSWER_SECONDS, and go offline after QUIET_ANSWERS times that in silence.
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Give each request of the library ANSWER_SECONDS in this block; after QUIET_ANSWERS times that in silence, go offline.
 
-    Files come over plain HTTP, which resumes a cut download where it ended; xet has limits of its own.
+    The library's own client gets two hooks, and loses them at the end. Files come over plain HTTP, which resumes a download
+    where it was cut; xet has limits of its own.
     """
     global _heard
     _heard = time.monotonic()
@@ -109,12 +115,16 @@ def _be_impatient() -> None:
         global _heard
         _heard = time.monotonic()
 
-    def client():
-        client = _http.default_client_factory()
-        client.event_hooks = {"request": [*client.event_hooks["request"], limit], "response": [listen]}
-        return client
-
-    huggingface_hub.set_client_factory(client)
+    client = huggingface_hub.get_session()
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks.get("request", []), limit],
+        "response": [*hooks.get("response", []), listen],
+    }
+    try:
+        yield
+    finally:
+        client.event_hooks = hooks
 
 
 class _Bar(tqdm):

@@ -26,12 +26,12 @@ from sklearn.datasets import load_digits
 
 import modeling.hub
 from modeling import models
-from modeling.data.sources import HUB_NAMES, PROMISES, load_source
+from modeling.data.sources import KNOWN, load_source
 from modeling.hub import download
 from modeling.models import backbones
 from modeling.run import checkpoint
 
-STL10, CIFAR10 = (PROMISES[HUB_NAMES[name]][0] for name in ("stl10", "cifar10"))
+STL10, CIFAR10 = (list(known.classes) for known in KNOWN if known.hub_id)
 TIMM_IDS = {name: backbones.pretrained_config(name).hf_hub_id for name in ("vit", "deit", "resnet18")}
 
 
