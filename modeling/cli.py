@@ -1,4 +1,4 @@
-"""What the commands share: argument types and groups, progress, hardware, and the one place where an error becomes an exit status."""
+"""What the commands share: argument types, the hardware flags, and `run`, where an error becomes an exit status."""
 
 import argparse
 import math
@@ -14,14 +14,11 @@ import torch
 from modeling.errors import UserError
 from modeling.run.launch import is_main_process, num_cores
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-_SAME_ERROR_SECONDS = 5
+SAME_ERROR_SECONDS = 5  # the main process has this long to report an error that all processes have
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, so that a script and its Python API say the same; no abbreviations."""
+    """An ArgumentParser that raises UserError, so that a script and its Python API say the same. No abbreviated flags."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -35,11 +32,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
-        """Parse keyword options as if they were flags: batch_size=64 is --batch-size 64, True the flag alone, None and False nothing."""
+        """Parse keyword options as flags: batch_size=64 is --batch-size 64, resume=True is --resume; None and False are nothing."""
         argv = []
         for name, value in options.items():
-            if value is not None and value is not False:
-                argv += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                argv.append(flag)
+            elif value is not None and value is not False:
+                argv.append(f"{flag}={value}")  # with = a value may begin with a dash
         return self.parse_args(argv)
 
 
@@ -69,20 +69,10 @@ def number(
 
 
 POSITIVE_INT = number(int, low=1, high=2**31 - 1)
-
-
 NUM_WORKERS = number(int, low=0, high=1024)
-
-
 POSITIVE = number(low=0, open_low=True)
-
-
 NON_NEGATIVE = number(low=0)
-
-
 SEED = number(int, low=0, high=2**31 - 1)
-
-
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
 
 
@@ -96,7 +86,7 @@ def add_hardware_group(parser: Parser) -> None:
     group.add_argument(
         "--num-threads",
         type=POSITIVE_INT,
-        help="CPU threads of each process (default: OMP_NUM_THREADS, or the cores divided by the processes on this machine)",
+        help="CPU threads of each process (default: OMP_NUM_THREADS, else the cores divided by the local processes)",
     )
     group.add_argument(
         "--num-workers",
@@ -109,7 +99,8 @@ def add_hardware_group(parser: Parser) -> None:
         type=NON_NEGATIVE,
         default=100.0,
         metavar="GB",
-        help="largest store of a split's decoded images on disk, in 10**9 bytes; above it images are decoded as used (default: 100)",
+        help="largest store of a split's decoded images on disk, in 10**9 bytes; larger splits are decoded at each use "
+        "(default: 100)",
     )
 
 
@@ -142,11 +133,11 @@ def run(main: Callable[[], int | None]) -> int:
         else:
             message = str(error)
         if not is_main_process():
-            time.sleep(
-                _SAME_ERROR_SECONDS
-            )  # the main process most likely has it too, says so, and the launcher ends this one
+            # The main process most likely has the same error, reports it, and the launcher ends this process.
+            time.sleep(SAME_ERROR_SECONDS)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()  # else its threads can abort the process as it ends
+            # The threads of gloo can abort a process that ends while they run.
+            torch.distributed.destroy_process_group()

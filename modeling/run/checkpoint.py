@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file that describes itself, written so that a kill leaves the old file or the new one, whole."""
+"""Checkpoints: one safetensors file that describes itself."""
 
 import dataclasses
 import datetime
@@ -20,18 +20,6 @@ from modeling.models import build_model
 from modeling.models.weights import Weights
 
 FORMAT_VERSION = 1
-
-
-UNRELATED_ARGUMENTS = {
-    "output_dir",
-    "num_workers",
-    "store_limit",
-    "checkpoint_every",
-    "resume",
-    "force",
-}  # they change nothing of what is computed
-
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -73,12 +61,15 @@ def make_header(
     dataset: dict[str, Any],
     weights: Weights,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, data, first weights, versions."""
+    """What a checkpoint records of its run.
+
+    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and fingerprint.
+    """
     return {
         "model": model,
         "classes": classes,
         "preprocessing": dataclasses.asdict(preprocessing),
-        "arguments": {name: value for name, value in arguments.items() if name not in UNRELATED_ARGUMENTS},
+        "arguments": arguments,
         "dataset": dataset,
         "weights": {"source": weights.source, "revision": weights.revision},
         "versions": versions(),
@@ -89,7 +80,7 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. What depends on time goes to `clock`: the rest is reproducible, bit for bit."""
+    """Write weights and a header of JSON values. Times go to `clock`; everything else is reproducible bit for bit."""
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
     header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -121,7 +112,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in eval mode, rebuilt from the file alone, and the header: model, classes, preprocessing, arguments, dataset, metrics.
+    """Rebuild the model from the file alone. Returns it in eval mode, and the header (see make_header, and metrics).
 
     UserError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
     """
