@@ -565,7 +565,8 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
         start=math.ceil(current.num_seen / settings.batch_size),
         features=now.probe_features.of_epoch(epoch, signals.check) if now.probe_features else None,
     )
-    for micro_batches in itertools.islice(steps, settings.total_steps - current.step):
+    num_steps_left = settings.max_steps - current.step if settings.max_steps else None
+    for micro_batches in itertools.islice(steps, num_steps_left):
         num_images = min(settings.batch_size, run.num_train_images - current.num_seen)
         step_totals = train_step(
             run.accelerator,
