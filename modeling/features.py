@@ -73,22 +73,18 @@ class FeatureViews:
         )
 
     def _compute(self, path: Path, batches: Iterator["FeatureBatch"]) -> None:
-        """Each process computes its own batches; one process of each machine writes the features of all."""
-        is_writer = self.accelerator.is_local_main_process
-        temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1]) if is_writer else None
+        """Each process computes its own batches, and writes the features of all: it may have a cache of its own."""
+        temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1])
         try:
-            view = self._map(temporary, shared=True) if temporary else None
+            view = self._map(temporary, shared=True)
             for batch in batches:
                 with self.accelerator.autocast():
                     features = self.probe.features(batch.x)
                 positions, features = self._gather(batch.positions, features)
-                if view is not None:
-                    view[positions] = features
-            if temporary:
-                os.replace(temporary, path)
+                view[positions] = features
+            os.replace(temporary, path)
         finally:
-            if temporary:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _gather(self, positions: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The positions (B,) and features (B, D) of all processes, on the CPU. Position -1 marks a row to leave out."""

@@ -267,7 +267,7 @@ def test_an_image_that_only_fills_up_a_batch_is_not_kept(tmp_path, cache):
 
 
 def test_a_full_disk_is_one_line(tmp_path, cache, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(features.tempfile, "NamedTemporaryFile", full)

@@ -27,16 +27,15 @@ from modeling.run.launch import check_shared_folder, num_cores
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 # Runs the script of argv[1] once for each list of arguments in argv[2]; vit_scratch without its dropout.
 WORKER = """
-import dataclasses, importlib.util, json, sys
+import dataclasses, importlib, json, sys
 sys.path.insert(0, ".")
 from modeling import cli, recipes
 for key, recipe in list(recipes.REFERENCE.items()):
     if "dropout" in recipe.model_args:
         recipes.REFERENCE[key] = dataclasses.replace(recipe, model_args={**recipe.model_args, "dropout": 0.0, "attention_dropout": 0.0})
 #before
-spec = importlib.util.spec_from_file_location("script", sys.argv[1] + ".py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+name = {"evaluate": "modeling.evaluation"}.get(sys.argv[1], sys.argv[1])
+script = importlib.import_module(name)
 sys.argv[0], calls = sys.argv[1] + ".py", json.loads(sys.argv[2])
 sys.exit(cli.run(lambda: max(script.main(argv) or 0 for argv in calls)))
 """

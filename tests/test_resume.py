@@ -278,7 +278,7 @@ def test_what_a_kill_left_half_written_is_removed_and_a_newer_broken_state_too(r
     result = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume", "--checkpoint-every", 1)
     assert result.status == 0, result.err
     assert not any(path.exists() for path in (*halves, newest))
-    assert len(state.list_states(states)) == state.KEEP
+    assert len(state.list_states(states)) == state.NUM_KEPT
     assert_same_outcome(tmp_path, references("plain"))
 
 
@@ -339,7 +339,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(references, damage, tmp_p
 
 def test_a_state_is_tensors_and_json_and_two_are_kept(references):
     states = state.list_states(references("bf16, SGD, warm-up") / "checkpoints" / "cnn_small_state")
-    assert len(states) == state.KEEP
+    assert len(states) == state.NUM_KEPT
     assert sorted(p for p in states[0].parent.iterdir()) == sorted(states)
     _, tensors, header = state.read_newest(states[0].parent)
     assert {key.split(".")[0] for key in tensors} == {"model", "optimizer", "ema", "totals"}

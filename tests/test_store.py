@@ -171,9 +171,8 @@ def test_what_exceeds_the_limit_is_decoded_as_it_is_used_and_gives_the_same(
     for one, other in zip(
         *(training_steps(i, seed=1, epoch=2, batch_size=5, mix=True) for i in (limited, stored)), strict=True
     ):
-        assert all(
-            torch.equal(a, b) for a, b in zip(vars(one[0]).values(), vars(other[0]).values(), strict=True)
-        )
+        for name, value in vars(one[0]).items():
+            assert torch.equal(value, getattr(other[0], name)) if name != "features" else value is None
 
 
 def test_a_run_without_a_store_ends_as_with_one(cache, folder, tmp_path):
