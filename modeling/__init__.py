@@ -1,4 +1,4 @@
-"""What the four scripts share. Imports go down this list only from the scripts' side; nothing here imports a script.
+"""What the four scripts share. Nothing here imports a script.
 
 The hour: read train.py, then these files in this order, and you have read the whole method.
 
@@ -12,12 +12,12 @@ models/cnn, vit   SimpleCNN and SimpleViT, plain modules
 
 The machinery:
 
-data/             sources (names and folders -> splits and classes), images (which images, and where their pixels are),
-                  resize, decoding, store (decoded images on disk)
+data/             sources (names and folders -> splits and classes), images (which images, where their
+                  pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
-run/              files (every file name of a run), checkpoint, state (to resume from), preemption (signals), tracking
-                  (TensorBoard and metrics.jsonl), launch (processes, threads, precision)
+run/              files (every file name of a run), checkpoint, state (to resume from), preemption (signals),
+                  tracking (TensorBoard and metrics.jsonl), launch (processes, threads, precision)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
 sanity            can the model overfit a few batches?

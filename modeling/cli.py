@@ -1,4 +1,4 @@
-"""What the commands share: argument types, the hardware flags, and `run`, where an error becomes an exit status."""
+"""What the commands share: argument types, hardware flags, and how an error becomes an exit status."""
 
 import argparse
 import math
@@ -18,7 +18,7 @@ SAME_ERROR_SECONDS = 5  # the main process has this long to report an error that
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, so that a script and its Python API say the same. No abbreviated flags."""
+    """An ArgumentParser that raises UserError, so that a script and its Python API say the same."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -32,7 +32,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
-        """Parse keyword options as flags: batch_size=64 is --batch-size 64, resume=True is --resume; None and False are nothing."""
+        """Parse keyword options as flags: batch_size=64 is --batch-size=64, resume=True is --resume.
+
+        None and False give no flag.
+        """
         argv = []
         for name, value in options.items():
             flag = "--" + name.replace("_", "-")
@@ -86,7 +89,7 @@ def add_hardware_group(parser: Parser) -> None:
     group.add_argument(
         "--num-threads",
         type=POSITIVE_INT,
-        help="CPU threads of each process (default: OMP_NUM_THREADS, else the cores divided by the local processes)",
+        help="CPU threads of each process (default: OMP_NUM_THREADS, else its share of the cores)",
     )
     group.add_argument(
         "--num-workers",
@@ -99,13 +102,13 @@ def add_hardware_group(parser: Parser) -> None:
         type=NON_NEGATIVE,
         default=100.0,
         metavar="GB",
-        help="largest store of a split's decoded images on disk, in 10**9 bytes; larger splits are decoded at each use "
-        "(default: 100)",
+        help="largest store of a split's decoded images on disk, in 10**9 bytes; a larger split is decoded "
+        "at each use (default: 100)",
     )
 
 
 def check_output_dir(folder: Path, *subfolders: str) -> None:
-    """Make the folder and try to write in it, and in those subfolders that exist. UserError: it cannot be written."""
+    """Make the folder, and try to write in it and in those subfolders that exist. UserError: that fails."""
     for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):
         probe = place / f".writable-{os.getpid()}"
         try:
@@ -117,9 +120,10 @@ def check_output_dir(folder: Path, *subfolders: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call `main` and give the exit status: 0 done, 2 bad input with one line, 130 interrupted, 1 anything else.
+    """Call `main` and return the exit status: 0 done, 2 bad input, 130 interrupted, 1 anything else.
 
-    A UserError is raised on purpose and speaks to the user. Any other ValueError is a bug and keeps its traceback.
+    A UserError is raised on purpose and speaks to the user. Any other ValueError is a bug and keeps its
+    traceback.
     """
     program = Path(sys.argv[0]).name
     try:

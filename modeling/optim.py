@@ -9,12 +9,13 @@ from torch import nn
 
 
 def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Build adam, adamw or sgd (momentum 0.9) over the parameters that train. `fused` updates all of them in one kernel."""
+    """Build adam, adamw or sgd (momentum 0.9) over the parameters that train, in a fused kernel."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
-        # In fp16 the first steps overflow and are skipped. torch 2.14's fused SGD would then leave its momentum
-        # uninitialised and add garbage to the weights. Zeros beforehand give the same first step as no momentum.
+        # In fp16 the first steps overflow and are skipped. torch 2.14's fused SGD would then leave its
+        # momentum uninitialised and add garbage to the weights. Zeros beforehand give the same first step as
+        # no momentum.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
@@ -29,8 +30,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of update number `step` (from 0): linear warm-up to `base`, then constant or cosine.
 
-    The cosine (Loshchilov & Hutter, SGDR, https://arxiv.org/abs/1608.03983) starts at `base` and would reach 0 at
-    `total_steps`, one step after the last.
+    The cosine (Loshchilov & Hutter, SGDR, https://arxiv.org/abs/1608.03983) starts at `base` and would reach
+    0 at `total_steps`, one step after the last.
     """
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
@@ -44,7 +45,8 @@ def learning_rate(
 class Ema:
     """An exponential moving average of weights and buffers (Polyak & Juditsky, 1992).
 
-    Update t keeps the share min(decay, (1 + t) / (10 + t)) of the average, so that a short run does not average its start.
+    Update t keeps the share min(decay, (1 + t) / (10 + t)) of the average, so that a short run does not
+    average its start.
     """
 
     def __init__(self, model: nn.Module, decay: float):

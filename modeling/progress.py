@@ -13,8 +13,8 @@ LOG_SECONDS = 30  # between two lines where there is no terminal
 class Progress:
     """A progress bar on a terminal; elsewhere a line on standard error every LOG_SECONDS.
 
-    `total` counts units of the whole job, `done` those of an earlier run that this one resumes. Only the main process shows
-    progress, unless `everywhere` is set.
+    `total` counts units of the whole job, `done` those of an earlier run that this one resumes. Only the main
+    process shows progress, unless `everywhere` is set.
     """
 
     def __init__(

@@ -73,9 +73,9 @@ def training_steps(
     """Yield the steps of an epoch from `start` on: this rank's micro-batches of each global batch.
 
     A global batch has `batch_size` images; the last one may be shorter. The order depends on (seed, epoch).
-    The mixing partners are drawn over the global batch and depend on (seed, epoch, step). With features (N, D)
-    of the images, batches carry these instead of pixels. Images that are decoded at each use are decoded two
-    steps ahead.
+    The mixing partners are drawn over the global batch and depend on (seed, epoch, step). With features (N,
+    D) of the images, batches carry these instead of pixels. Images that are decoded at each use are decoded
+    two steps ahead.
     """
 
     def micro_batch(global_batch: torch.Tensor, partners: torch.Tensor | None, share: torch.Tensor) -> Batch:

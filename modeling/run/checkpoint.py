@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def git_commit() -> str | None:
-    """The commit of this project's checkout, with -dirty where tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout, with -dirty where tracked files differ from it; None outside one."""
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -63,7 +63,8 @@ def make_header(
 ) -> dict[str, Any]:
     """What a checkpoint records of its run.
 
-    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and fingerprint.
+    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and
+    fingerprint.
     """
     return {
         "model": model,
@@ -80,7 +81,7 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. Times go to `clock`; everything else is reproducible bit for bit."""
+    """Write weights and a header of JSON values. Times go to `clock`; all else is reproducible."""
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
     header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -106,13 +107,14 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     header = json.loads(metadata[HEADER_KEY])
     if header["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {header['format_version']}, newer than this program's {FORMAT_VERSION}: update it"
+            f"{path} has format version {header['format_version']}, newer than this program's "
+            f"{FORMAT_VERSION}: update it"
         )
     return header
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model from the file alone. Returns it in eval mode, and the header (see make_header, and metrics).
+    """Rebuild the model from the file alone, and return it in eval mode, with the header.
 
     UserError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
     """

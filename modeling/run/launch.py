@@ -43,9 +43,11 @@ def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) ->
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_restarts and world_size > 1:
         _join_again(num_restarts, world_size)
-    # MPS has no float64, in which losses are summed. Processes without a GPU find each other only with cpu=True.
+    # MPS has no float64, in which losses are summed. Processes without a GPU find each other only with
+    # cpu=True.
     use_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
-    # accelerate keeps its choices for the whole process. Forget them: a second run may choose another precision.
+    # accelerate keeps its choices for the whole process. Forget them: a second run may choose another
+    # precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(
         mixed_precision=mixed_precision,
@@ -65,7 +67,7 @@ def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) ->
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Use `num_threads` CPU threads; None: OMP_NUM_THREADS, else this process's share of the machine's cores."""
+    """Use `num_threads` CPU threads; None: OMP_NUM_THREADS, else this process's share of the cores."""
     by_environment = os.environ.get("OMP_NUM_THREADS")
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and by_environment == "1":  # the launcher sets 1 where nobody chose
@@ -80,7 +82,8 @@ def set_num_threads(num_threads: int | None) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step.
 
-    By default it returns large tensors to the system, which hands them out again as zeroed pages: slow at every step.
+    By default it returns large tensors to the system, which hands them out again as zeroed pages: slow at
+    every step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -90,9 +93,9 @@ def keep_freed_memory() -> None:
 
 
 def _join_again(attempt: int, world_size: int) -> None:
-    """Join the process group of a restarted job under new keys: the store still has the addresses of the dead processes.
+    """Join the process group of a restarted job under new keys.
 
-    See https://github.com/pytorch/pytorch/issues/135712.
+    The launcher's store still has the addresses of the dead processes: https://github.com/pytorch/pytorch/issues/135712.
     """
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -134,7 +137,7 @@ def precision_text(accelerator: Accelerator) -> str:
 
 
 def check_agreement(accelerator: Accelerator, content: Any) -> None:
-    """UserError: the processes do not have the same `content` (arguments, images), a value that JSON can hold."""
+    """UserError: the processes do not have the same `content` (arguments, images), a JSON value."""
     text = json.dumps(content, sort_keys=True, default=str)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
@@ -159,5 +162,6 @@ def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         probe.unlink()
     if not is_seen:
         raise UserError(
-            f"--output-dir {folder} is not the folder that the main process writes: all machines must share it"
+            f"--output-dir {folder} is not the folder that the main process writes: "
+            "all machines must share it"
         )
