@@ -1,8 +1,9 @@
-"""The loader alone, from stored images to normalised batches, beside torchvision's per-item pipeline on as many cores.
+"""Time the loader alone, from stored images to normalised batches, and torchvision's per-item pipeline.
 
     python benchmarks/loader.py --data FOLDER [--repeats 5]
 
-FOLDER is what train.py takes as --dataset. torchvision gets images that are decoded already, one worker process a core.
+FOLDER is what train.py takes as --dataset. Both use the same number of cores.
+torchvision gets decoded images and one worker process per core.
 """
 
 import argparse
