@@ -5,7 +5,8 @@
     python benchmarks/contenders.py cv_example resnet18 --data FOLDER --num-images 320 --bf16
     python benchmarks/contenders.py timm resnet18 --data FOLDER --num-images 320 --bf16 --timm-train TRAIN.PY
 
-FOLDER has parquet files, with columns img and label, as CIFAR-10's. TRAIN.PY is that of a checkout of pytorch-image-models.
+FOLDER has parquet files, with columns img and label, as CIFAR-10's.
+TRAIN.PY is that of a checkout of pytorch-image-models.
 
 - `ours` is train.py's own loop.
 - `notebook` trains as the two notebooks do: PIL and torchvision at every access, two workers, no accelerate.

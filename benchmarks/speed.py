@@ -6,7 +6,8 @@
     python benchmarks/speed.py start --data FOLDER       # seconds to the first step, store warm
 
 FOLDER has parquet files, with columns img and label, as CIFAR-10's. The contenders run in turn,
-each in a process of its own. Each run of `peers` starts with an empty cache; the runs of the others share one.
+each in a process of its own. Each run of `peers` starts with an empty cache. The runs of the other three
+commands share one cache.
 train.py, cv_example and timm train in bf16. The notebooks' pipelines stay in fp32.
 """
 
