@@ -22,10 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from modeling import models, profiling, recipes
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from modeling import models, profiling, recipes  # noqa: E402
+
 CONTENDERS = ROOT / "benchmarks" / "contenders.py"
 # work: images, first steps that the rate leaves out, peers
 PEERS = {
