@@ -17,12 +17,12 @@ from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modeling.data.augment import Draws, augment, padded_crop  # noqa: E402
-from modeling.data.batches import Batch, training_steps  # noqa: E402
-from modeling.data.images import Images, decode  # noqa: E402
-from modeling.data.resize import Preprocessing, normalize, resize  # noqa: E402
-from modeling.data.sources import load_source  # noqa: E402
-from modeling.run.launch import keep_freed_memory, num_cores  # noqa: E402
+from modeling.data.augment import Draws, augment, padded_crop
+from modeling.data.batches import Batch, training_steps
+from modeling.data.images import Images, decode
+from modeling.data.resize import Preprocessing, normalize, resize
+from modeling.data.sources import load_source
+from modeling.run.launch import keep_freed_memory, num_cores
 
 HALF = (0.5, 0.5, 0.5)
 
