@@ -1,8 +1,9 @@
-"""The loader alone, from stored images to normalised batches, beside torchvision's per-item pipeline on as many cores.
+"""Time the loader alone, from stored images to normalised batches, and torchvision's per-item pipeline.
 
     python benchmarks/loader.py --data FOLDER [--repeats 5]
 
-FOLDER is what train.py takes as --dataset. torchvision gets images that are decoded already, one worker process a core.
+FOLDER is what train.py takes as --dataset. Both use the same number of cores.
+torchvision gets decoded images and one worker process per core.
 """
 
 import argparse
@@ -14,15 +15,14 @@ from pathlib import Path
 import torch
 from torchvision import transforms as T
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from modeling.data.augment import Draws, augment, padded_crop
 from modeling.data.batches import Batch, training_steps
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing, normalize, resize
 from modeling.data.sources import load_source
 from modeling.run.launch import keep_freed_memory, num_cores
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -332,9 +332,8 @@ def test_under_a_grad_scaler_gradients_are_clipped_unscaled_and_once_a_step(acce
     fp16 = scaled(1024.0)
     totals = run(fp16, images, ours, step_settings=step_settings, steps=2, accumulation=2)
     assert fp16.scaler.calls == ["scale", "scale", "unscale", "step", "update"] * 2
-    torch.testing.assert_close(
-        totals, expected, rtol=1e-4, atol=1e-4
-    )  # the losses that are shown, and looked at, are not scaled
+    # The losses that are logged and checked are not scaled.
+    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-4)
     start, end, expected_end = (
         torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (small_cnn(), ours, plain)
     )
@@ -362,7 +361,7 @@ def test_gradients_lie_in_memory_as_their_parameters(accelerator, images, accumu
 
 
 class Meta(SimpleNamespace):
-    """An accelerator on the meta device, which computes shapes only: whatever would make the host wait for a value is an error there."""
+    """An accelerator on the meta device, which computes only shapes: to read a value is an error there."""
 
     device, process_index, num_processes = torch.device("meta"), 0, 1
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)

@@ -19,7 +19,7 @@ from modeling.run import checkpoint
 
 
 def run(folder, *flags, name="cnn_small"):
-    """Train and give the epochs' records, the headers and weights of both checkpoints, and what was printed."""
+    """Train. Return the epochs' records, the headers and weights of both checkpoints, and the output."""
     result = call("train", *TINY, *flags, "--output-dir", folder)
     assert result.status == 0, result.err
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
