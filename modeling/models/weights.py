@@ -35,7 +35,7 @@ def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
 
     wanted is default, none, hf-hub:ORG/NAME[@REVISION] or the path of a file. The preprocessing of one of our
     checkpoints is in its header. That of a hub repository named with hf-hub: is in its config.json, if it has
-    one. All other weights use timm's record of the model. UserError: there is no such file or repository, it
+    one. All other weights of a backbone use timm's record. UserError: there is no such file or repository, it
     has no safetensors file, or the weights are of another architecture.
     """
     own = None if from_scratch else _preprocessing(vars(pretrained_config(model)))
