@@ -374,14 +374,39 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     if not args.sanity_check:
         check_shared_folder(accelerator, args.output_dir)
 
-    # Prepare, once: accelerate moves the model to its device and wraps it for several processes.
+    return prepare_run(
+        settings,
+        step_settings,
+        accelerator,
+        source=source,
+        images=images,
+        fingerprint=fingerprint,
+        weights=weights,
+        raw_model=raw_model,
+        files=files,
+    )
+
+
+def prepare_run(
+    settings: Settings,
+    step_settings: StepSettings,
+    accelerator: Accelerator,
+    *,
+    source: Source,
+    images: dict[str, Images],
+    fingerprint: str,
+    weights: Weights,
+    raw_model: torch.nn.Module,
+    files: RunFiles,
+) -> Run:
+    """Build the optimizer, then let accelerate move everything to its device and wrap it, once."""
     optimizer = build_optimizer(
         settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
     )
     model, optimizer = accelerator.prepare(raw_model, optimizer)
-    fix_ddp_bucket_order(accelerator, model, image_size)
+    fix_ddp_bucket_order(accelerator, model, settings.image_size)
     header = checkpoint.make_header(
-        model=model_args,
+        model=settings.model_args,
         classes=source.classes,
         preprocessing=step_settings.preprocessing,
         arguments=settings.recorded(),

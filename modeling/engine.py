@@ -107,7 +107,7 @@ def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
             raise
         raise UserError(
             f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: "
-            "use another --batch-size, so that no batch or micro-batch has one image, or a larger --image-size"
+            "use another --batch-size, so that no micro-batch has one image, or a larger --image-size"
         ) from error
 
 
