@@ -10,9 +10,22 @@ from conftest import ROOT, scripts
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
+def split_code(document: Path) -> tuple[list[str], list[str]]:
+    """The lines of a document outside its code blocks, and those inside."""
+    outside: list[str] = []
+    inside: list[str] = []
+    in_code = False
+    for line in document.read_text().splitlines():
+        if line.startswith("```"):
+            in_code = not in_code
+        else:
+            (inside if in_code else outside).append(line)
+    return outside, inside
+
+
 def anchors(document: Path) -> set[str]:
     """The anchors of a document's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), flags=re.MULTILINE)
+    headings = [line.lstrip("#").strip() for line in split_code(document)[0] if re.match(r"#+ ", line)]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -30,8 +43,7 @@ def broken_links(document: Path) -> list[str]:
 
 def commands(document: Path) -> list[str]:
     """The commands in a document's code blocks; a line that ends with a backslash goes on."""
-    blocks = re.findall(r"^```\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "\n".join(split_code(document)[1]).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.match(r"(python|make|accelerate launch|torchrun) ", line)]
 
 
