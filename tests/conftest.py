@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling import cli, evaluation, profiling
-
 # Several workers of pytest-xdist share the cores, and threads that wait for each other would be slow.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 # No test may depend on the network. The tests about it start their own process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# torch reads the number of threads when it is imported, so our modules come after the lines above.
+from modeling import cli, evaluation, profiling  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
