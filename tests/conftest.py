@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # torch reads the number of threads when it is imported, so our modules come after the lines above.
-from modeling import cli, evaluation, profiling  # noqa: E402
+from modeling import cli, evaluation, profiling
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
