@@ -31,44 +31,63 @@ from modeling.run.launch import num_cores, refuse_processes
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
+RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    parser.add_argument(
+    inputs = parser.add_argument_group("input")
+    inputs.add_argument(
         "--dataset",
         default="stl10",
         help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)",
     )
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("data"), help="the folder to fill or verify (default: data)"
-    )
-    parser.add_argument(
+    inputs.add_argument(
         "--val-fraction",
         type=cli.FRACTION,
-        help="share of train that becomes val where the dataset has none (default: stl10 0.2, else 0.1)",
+        help="share of train, between 0 and 1, that becomes val where the dataset has no val "
+        "(default: 0.2 for stl10, else 0.1)",
     )
-    parser.add_argument(
-        "--seed", type=cli.SEED, default=42, help="seed of the division into train and val (default: 42)"
+    inputs.add_argument(
+        "--seed",
+        type=cli.SEED,
+        default=42,
+        help="seed of the random division into train and val (default: 42)",
     )
-    parser.add_argument(
+    outputs = parser.add_argument_group("output")
+    outputs.add_argument(
+        "--output-dir",
+        type=Path,
+        default=Path("data"),
+        help="the folder to fill, or to verify (default: data)",
+    )
+    outputs.add_argument(
         "--verify",
         action="store_true",
-        help="write nothing; list missing, extra, altered and undecodable files (default: export)",
+        help="write nothing; list the missing, extra, altered and undecodable files (default: off, export)",
     )
-    parser.add_argument(
+    hardware = parser.add_argument_group("hardware")
+    hardware.add_argument(
         "--num-workers",
         type=cli.NUM_WORKERS,
         default=num_cores(),
-        help="threads that decode images, 0: the main one (default: the cores)",
+        help="number of threads that decode images; 0: the main thread does (default: the number of cores)",
     )
     return parser
 
 
 def class_folder(name: str) -> str:
-    """Return a class's folder name. Characters that paths or patterns cannot hold are percent-encoded."""
-    encoded = "".join(quote(c, safe="") if c in '/\\%*?[]<>:"|' or ord(c) < 32 else c for c in name)
-    return f"%{ord(encoded[0]):02X}{encoded[1:]}" if encoded[:1] in (".", "_", " ") else encoded
+    """Return a class's folder name. Characters that paths or patterns cannot hold are percent-encoded.
+
+    A leading dot, underscore or space is encoded too. Example: "a/b" gives "a%2Fb".
+    """
+    encoded = ""
+    for character in name:
+        is_reserved = character in RESERVED_CHARACTERS or ord(character) < 32
+        encoded += quote(character, safe="") if is_reserved else character
+    if encoded.startswith((".", "_", " ")):
+        return f"%{ord(encoded[0]):02X}{encoded[1:]}"
+    return encoded
 
 
 def export_to_imagefolder(
@@ -96,20 +115,24 @@ def export_to_imagefolder(
         "val_fraction": val_fraction,
         "classes": folders,
     }
-    splits = [split for split in FOLDERS if split in source.splits or split != "test"]
+    splits = ["train", "validation"]
+    if "test" in source.splits:
+        splits.append("test")
     parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
     _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
+    # A manifest that is not complete marks a folder whose export was stopped.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
-    with Progress(sum(len(rows) for _, rows in parts.values()), "exporting") as progress:
-        for split, (own, rows) in parts.items():
-            names = [source.classes[label] for label in source.labels(own)[rows].tolist()]
+    num_images = sum(len(rows) for _, rows in parts.values())
+    with Progress(num_images, "exporting") as progress:
+        for split, (source_split, rows) in parts.items():
+            names = [source.classes[label] for label in source.labels(source_split)[rows].tolist()]
             counted = Counter(names)
             counts[FOLDERS[split]] = {name: counted[name] for name in source.classes}
-            images = source.encoded(own).map(decoding.read_image, rows.tolist(), num_workers)
+            images = source.encoded(source_split).map(decoding.read_image, rows.tolist(), num_workers)
             for name, row, image in zip(names, rows.tolist(), images, strict=True):
                 relative = f"{FOLDERS[split]}/{folders[name]}/{row:06d}.png"
                 buffer = io.BytesIO()
@@ -128,7 +151,10 @@ def export_to_imagefolder(
 
 
 def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+    """UserError: the folder is neither empty nor an export with these settings."""
+    if not output_dir.exists():
+        return
+    if output_dir.is_dir() and not any(output_dir.iterdir()):
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
@@ -186,18 +212,23 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
     problems = [f"extra {name}" for name in sorted(found - expected.keys())]
     with Progress(len(expected), "verifying", " files") as progress:
         for name, digest in expected.items():
-            problems += _check_file(output_dir / name, name, digest) if name in found else [f"missing {name}"]
+            if name in found:
+                problems += _check_file(output_dir / name, name, digest)
+            else:
+                problems.append(f"missing {name}")
             progress.update(1)
     return problems
 
 
 def _found(output_dir: Path) -> set[str]:
-    return {
-        path.relative_to(output_dir).as_posix() for path in output_dir.rglob("*") if not path.is_dir()
-    } - {MANIFEST}
+    """Return the relative paths of all files in the folder but the manifest."""
+    paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
+    names = {path.relative_to(output_dir).as_posix() for path in paths}
+    return names - {MANIFEST}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:
+    """Return no line if the file has this SHA-256, otherwise one that names it undecodable or altered."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() == digest:
         return []
@@ -214,12 +245,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # the tensors here are too small to share among threads
     if args.verify:
         problems = verify_dataset(args.output_dir)
-        print(
-            "\n".join(problems)
-            if problems
-            else f"{args.output_dir} is whole: every file is as its manifest says"
-        )
-        return 1 if problems else 0
+        if problems:
+            print("\n".join(problems))
+            return 1
+        print(f"{args.output_dir} is whole: every file is as its manifest says")
+        return 0
     manifest = export_to_imagefolder(
         args.dataset,
         args.output_dir,
@@ -227,11 +257,11 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
         num_workers=args.num_workers,
     )
-    counts = ", ".join(
-        f"{sum(by_class.values()):,} in {split}/" for split, by_class in manifest["counts"].items()
-    )
+    totals = []
+    for folder, count_by_class in manifest["counts"].items():
+        totals.append(f"{sum(count_by_class.values()):,} in {folder}/")
     print(
-        f"{args.output_dir}: {counts}; {len(manifest['classes'])} classes, "
+        f"{args.output_dir}: {', '.join(totals)}; {len(manifest['classes'])} classes, "
         f"listed with every file's SHA-256 in {MANIFEST}"
     )
     return 0

@@ -1,11 +1,11 @@
 """Train an image classifier: flags -> settings -> data -> model -> prepare -> the loop -> final test.
 
-    python train.py --model cnn_small --dataset digits                                                   # CPU
-    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml train.py --model vit         # one GPU
-    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit --resume # many GPUs
+    python train.py --model cnn_small --dataset digits                                            # CPU
+    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml train.py --model vit  # one GPU
+    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit   # many GPUs
 
-Under --output-dir it writes checkpoints/{run}_best.safetensors, {run}_final.safetensors and {run}_state/ (to --resume from), and
-runs/{run}/ with TensorBoard's events and metrics.jsonl.
+Under --output-dir it writes checkpoints/{run}_best.safetensors and {run}_final.safetensors, the folder
+checkpoints/{run}_state/ to --resume from, and runs/{run}/ with TensorBoard's events and metrics.jsonl.
 """
 
 import argparse
@@ -51,7 +51,7 @@ EVAL_BATCH_SIZE = 64
 BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
 
 
-# ---- Flags ------------------------------------------------------------------------------------------------------
+# ---- Flags ---------------------------------------------------------------------------------------
 
 
 def build_parser() -> cli.Parser:
@@ -155,7 +155,8 @@ def build_parser() -> cli.Parser:
         "--feature-views",
         type=cli.NUM_WORKERS,
         metavar="K",
-        help="of vit: views of each image whose features are computed, once, and kept; epoch e sees view e mod K (0: a view an epoch)",
+        help="vit only: keep the features of K augmented views of each image; epoch e sees view e mod K "
+        "(0: a view an epoch; default: the recipe's)",
     )
 
     group = parser.add_argument_group("data")
@@ -226,13 +227,13 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-# ---- Data and settings ------------------------------------------------------------------------------------------
+# ---- Data and settings ---------------------------------------------------------------------------
 
 
 def load_images(
     source: Source, args: argparse.Namespace, *, image_size: int | None, val_fraction: float
 ) -> dict[str, Images]:
-    """Decode every image that the run will use. image_size: the model's input side in pixels, where it is known by now."""
+    """Decode every image that the run will use. image_size: the input side in pixels, if known."""
     splits = ["train"]
     if not args.sanity_check:
         splits += ["validation", *(["test"] if "test" in source.splits else [])]
@@ -267,11 +268,11 @@ def warn_of_untrained_classes(source: Source, train: Images) -> None:
 
 
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
-    """The input side of a model from scratch: the images' own, but 224 px for the reference recipes on STL-10."""
+    """The input side of a model from scratch: the images' own, but 224 px for reference recipes on STL-10."""
     return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
 
 
-# ---- Everything the loop works with -----------------------------------------------------------------------------
+# ---- Everything the loop works with --------------------------------------------------------------
 
 
 @dataclass
@@ -353,7 +354,8 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     )
     if settings.batch_size < accelerator.num_processes:
         raise UserError(
-            f"--batch-size {settings.batch_size} is the batch of all {accelerator.num_processes} processes: give each an image"
+            f"--batch-size {settings.batch_size} is the batch of all {accelerator.num_processes} processes: "
+            "give each an image"
         )
     step_settings = StepSettings(
         preprocessing=models.preprocessing(args.model, recipe, image_size, weights),
@@ -372,14 +374,39 @@ def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Run:
     if not args.sanity_check:
         check_shared_folder(accelerator, args.output_dir)
 
-    # Prepare, once: accelerate moves the model to its device and wraps it for several processes.
+    return prepare_run(
+        settings,
+        step_settings,
+        accelerator,
+        source=source,
+        images=images,
+        fingerprint=fingerprint,
+        weights=weights,
+        raw_model=raw_model,
+        files=files,
+    )
+
+
+def prepare_run(
+    settings: Settings,
+    step_settings: StepSettings,
+    accelerator: Accelerator,
+    *,
+    source: Source,
+    images: dict[str, Images],
+    fingerprint: str,
+    weights: Weights,
+    raw_model: torch.nn.Module,
+    files: RunFiles,
+) -> Run:
+    """Build the optimizer, then let accelerate move everything to its device and wrap it, once."""
     optimizer = build_optimizer(
         settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
     )
     model, optimizer = accelerator.prepare(raw_model, optimizer)
-    fix_ddp_bucket_order(accelerator, model, image_size)
+    fix_ddp_bucket_order(accelerator, model, settings.image_size)
     header = checkpoint.make_header(
-        model=model_args,
+        model=settings.model_args,
         classes=source.classes,
         preprocessing=step_settings.preprocessing,
         arguments=settings.recorded(),
@@ -422,17 +449,20 @@ def describe(run: Run) -> str:
     accumulation = settings.gradient_accumulation_steps
     micro_batch = math.ceil(settings.batch_size / accumulation / processes)
     plural = "es" if processes > 1 else ""
+    last_lr = run.learning_rate(settings.total_steps - 1)
     return "\n".join(
         [
-            f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, {num_trainable:,} trainable",
+            f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, "
+            f"{num_trainable:,} trainable",
             f"input      {run.step_settings.preprocessing}",
             f"data       {settings.dataset}: {counts}; augment {settings.augment}",
             f"batch      {settings.batch_size} = processes {processes} x accumulation {accumulation} "
             f"x micro-batch {micro_batch}",
             f"optimizer  {settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
-            f"{settings.schedule}, recipe {settings.recipe}; last step's lr {run.learning_rate(settings.total_steps - 1):.3g}",
+            f"{settings.schedule} to {last_lr:.3g}, recipe {settings.recipe}",
             f"length     {settings.epochs} epochs, {settings.total_steps:,} steps",
-            f"hardware   {run.accelerator.device.type}, {processes} process{plural} of {settings.num_threads} threads, "
+            f"hardware   {run.accelerator.device.type}, {processes} process{plural} of "
+            f"{settings.num_threads} threads, "
             f"{precision_text(run.accelerator)}",
         ]
     )
@@ -459,11 +489,11 @@ def check_sanity(run: Run, num_batches: int) -> dict[str, Any]:
     return dataclasses.asdict(result)
 
 
-# ---- A new run, or the rest of one ------------------------------------------------------------------------------
+# ---- A new run, or the rest of one ---------------------------------------------------------------
 
 
 class Progression:
-    """What changes while a run goes on: its state, its sums of the epoch, its logs, the features of a frozen backbone."""
+    """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
 
     def __init__(self, run: Run):
         settings = run.settings
@@ -517,7 +547,7 @@ class Progression:
         self.states.save(self.state, self.totals)
 
     def features_of(self, split: str) -> torch.Tensor | None:
-        """The kept features (N, D) of a split, as evaluation sees its images; None for a model that is not a probe."""
+        """The kept features (N, D) of a split for evaluation; None for a model that is not a probe."""
         return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
 
 
@@ -545,7 +575,7 @@ def open_features(run: Run) -> features.ProbeFeatures | None:
     return probe_features
 
 
-# ---- The loop ---------------------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 
 def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
@@ -565,7 +595,8 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
         start=math.ceil(current.num_seen / settings.batch_size),
         features=now.probe_features.of_epoch(epoch, signals.check) if now.probe_features else None,
     )
-    for micro_batches in itertools.islice(steps, settings.total_steps - current.step):
+    num_steps_left = settings.max_steps - current.step if settings.max_steps else None
+    for micro_batches in itertools.islice(steps, num_steps_left):
         num_images = min(settings.batch_size, run.num_train_images - current.num_seen)
         step_totals = train_step(
             run.accelerator,
@@ -595,7 +626,7 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
 
 
 def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
-    """Validate, keep the checkpoint of the best epoch, and record the epoch. Once an epoch, all ranks; the main one writes."""
+    """Validate, write checkpoints and record the epoch. Once an epoch, on all ranks; the main one writes."""
     settings, current = run.settings, now.state
     run.guard.check()
     loss_sum, num_correct = run.accelerator.gather(now.totals[None]).sum(dim=0).tolist()
@@ -643,7 +674,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
 def judge_epoch(
     settings: Settings, current: state.RunState, epoch: int, scores: dict[str, float]
 ) -> tuple[bool, bool]:
-    """Whether the epoch is the best so far, which `current` then remembers, and whether it is the last one."""
+    """Return whether the epoch is the best so far, and whether it is the last. Remember the best."""
     score, better = scores[settings.best_metric], BEST_METRICS[settings.best_metric]
     is_best = current.best is None or better(score, current.best) != current.best
     if is_best:
@@ -686,20 +717,20 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
 
 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    """The driver: set up, then epoch by epoch train and validate, then test. Returns what train_model documents."""
+    """The driver: set up, train and validate epoch by epoch, test. Returns what train_model documents."""
     models.check_model_name(args.model)
 
-    # ---- Set-up: every image is decoded, every setting resolved and everything prepared before the first step.
+    # ---- Set-up: every image is decoded and every setting resolved before the first step.
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     run = set_up(args, accelerator)
     if args.sanity_check:
         return check_sanity(run, args.num_batches)
     print(describe(run), flush=True)
 
-    # ---- Begin or resume: a resumed run goes on in the middle of an epoch, and ends bitwise as if it had never stopped.
+    # ---- Begin or resume: a resumed run ends bitwise as if it had never stopped.
     now = Progression(run)
 
-    # ---- The loop: signals only leave a mark, so that all processes stop after the same step and save one state.
+    # ---- The loop: a signal only leaves a mark, so that all processes stop after the same step.
     with preemption.Preemption(accelerator, now.save) as signals:
         epoch = now.state.epoch
         while not now.state.finished:
@@ -708,7 +739,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
             epoch += 1
         now.progress.close()
 
-        # ---- Final test: the best epoch on validation is evaluated once on images that nothing was chosen by.
+        # ---- Final test: the best epoch is evaluated once, on images that nothing was chosen by.
         test_best_epoch(run, now, signals)
     now.tracker.close()
     return report(run, now)
@@ -718,8 +749,8 @@ def report(run: Run, now: Progression) -> dict[str, Any]:
     """Print how the run ended, and return it."""
     current = now.state
     print(
-        f"Trained {current.step:,} steps in {time.monotonic() - now.started:.0f} s. Best epoch {current.best_epoch}: "
-        f"validation {run.settings.best_metric} {current.best:.4f}",
+        f"Trained {current.step:,} steps in {time.monotonic() - now.started:.0f} s. "
+        f"Best epoch {current.best_epoch}: validation {run.settings.best_metric} {current.best:.4f}",
         flush=True,
     )
     if current.test:
@@ -743,10 +774,13 @@ def report(run: Run, now: Progression) -> dict[str, Any]:
 
 
 def train_model(**options: Any) -> dict[str, Any]:
-    """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2). Options are the flags, with underscores.
+    """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2).
 
-    Returns run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and, where the dataset has
-    one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what the command would refuse.
+    Options are the flags, with underscores.
+
+    Returns run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and,
+    where the dataset has one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what
+    the command would refuse.
     """
     return run_training(build_parser().parse_options(options))
 

@@ -1,8 +1,11 @@
-"""Train on a store of decoded images that is larger than the memory the process may have. Linux, as root: it makes a cgroup.
+"""Train on a store of decoded images that is larger than the memory limit of the process.
+
+Needs Linux and root, because it makes a cgroup.
 
     python benchmarks/bounded_memory.py [--gigabytes 3] [--limit 1.2]
 
-The page cache counts, so that pages of the store must be dropped while training goes on; swapping does not help, for it is off limits.
+The limit includes the page cache, so the kernel must drop pages of the store during training.
+Swapping is not allowed.
 """
 
 import argparse
@@ -22,7 +25,7 @@ SIDE = 256
 
 
 def make_cgroup(limit: int) -> tuple[Path, Path]:
-    """A cgroup with this limit in bytes, version 1 or 2: its folder, and the file with the most memory that it used."""
+    """Make a cgroup (version 1 or 2) with a limit in bytes. Return its folder and the file of its peak."""
     first = Path("/sys/fs/cgroup/memory")
     folder = (first if first.is_dir() else first.parent) / f"bounded_{os.getpid()}"
     folder.mkdir()
@@ -51,7 +54,10 @@ def main() -> None:
                 path, quality=50
             )
         cgroup, peak = make_cgroup(int(args.limit * 1e9))
-        flags = f"--model cnn_small --dataset {folder}/images --image-size 32 --epochs 2 --val-fraction 0.02 --output-dir {folder}"
+        flags = (
+            f"--model cnn_small --dataset {folder}/images --image-size 32 --epochs 2 "
+            f"--val-fraction 0.02 --output-dir {folder}"
+        )
         join = ["sh", "-c", f'echo $$ > {cgroup}/cgroup.procs; exec "$@"', "sh"]
         env = {**os.environ, "HF_DATASETS_CACHE": f"{folder}/cache"}
         try:
@@ -64,7 +70,8 @@ def main() -> None:
             )
             store = sum(path.stat().st_size for path in Path(folder, "cache").rglob("pixels"))
             print(
-                f"{count:,} images, a store of {store / 1e9:.2f} GB, a limit of {args.limit} GB: exit status {done.returncode}"
+                f"{count:,} images, a store of {store / 1e9:.2f} GB, a limit of {args.limit} GB: "
+                f"exit status {done.returncode}"
             )
             print(f"{time.time() - started:.0f} s, peak with page cache {int(peak.read_text()) / 1e9:.2f} GB")
             print(

@@ -1,10 +1,12 @@
-"""Prove that a refactoring changes nothing in what is computed: the same short runs give the same hashes before and after.
+"""Prove that a refactoring changes no result: short runs give the same hashes before and after it.
 
     python benchmarks/golden.py --checkout ../old --write hashes.json    # before the change
     python benchmarks/golden.py --check hashes.json                      # after it, on the same machine
 
-Each configuration is a command of the checkout, run in a folder and a cache of its own. Hashed are all tensors of its checkpoints,
-metrics.jsonl and the figures of evaluate.py; headers are not, for they may gain fields. Takes about three minutes on one core.
+Each configuration is a command of the checkout. It runs in a folder and a cache of its own.
+The hashes cover all tensors of the checkpoints, metrics.jsonl and the figures of evaluate.py.
+They do not cover the checkpoints' headers, because these may gain fields.
+Takes about three minutes on one core.
 """
 
 import argparse

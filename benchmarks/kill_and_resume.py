@@ -1,11 +1,13 @@
-"""Kill real runs at random moments, resume them, and count how many end bitwise as the run that was never killed.
+"""Kill runs at random moments, resume them, and count those that end bitwise as an unkilled run.
 
     python benchmarks/kill_and_resume.py --kills 50 --dataset FOLDER_OR_NAME
 
-Over four configurations: 1 and 2 processes, fp32 and bf16, with dropout, EMA, mixup and accumulation, a state every 5 steps. A kill
-is SIGKILL to every process of the job, at a moment drawn evenly from its training; one that came too late, after the job's end, is
-drawn again and not counted. Prints a line for each kill, and how many endings were equal: weights and headers of both checkpoints
-(but for their clock) and metrics.jsonl.
+There are four configurations: 1 and 2 processes, each in fp32 and bf16. All have dropout, EMA, mixup and
+accumulation, and save a state every 5 steps. A kill is SIGKILL to every process of the job, at a moment drawn
+uniformly from its training time. A kill that comes after the job's end is not counted; it is drawn again.
+
+Prints a line for each kill, then the number of runs that ended equal. Two runs are equal if metrics.jsonl is,
+and so are the weights and headers of both checkpoints. The clock in the headers does not count.
 """
 
 import argparse
@@ -26,8 +28,8 @@ from test_resume import assert_no_step_twice, assert_same_outcome  # noqa: E402
 
 from modeling.run.checkpoint import read_header  # noqa: E402
 
-RUN = "--model cnn_small --limit-train 2000 --limit-eval 1000 --batch-size 50 --epochs 3 --checkpoint-every 5 --head-dropout 0.5 --ema 0.9"
-RUN += " --augment standard --mixup 0.4 --gradient-accumulation-steps 2"
+RUN = "--model cnn_small --limit-train 2000 --limit-eval 1000 --batch-size 50 --epochs 3 --checkpoint-every 5"
+RUN += " --head-dropout 0.5 --ema 0.9 --augment standard --mixup 0.4 --gradient-accumulation-steps 2"
 CONFIGURATIONS = [(processes, precision) for processes in (1, 2) for precision in ("no", "bf16")]
 
 
@@ -96,10 +98,8 @@ def main() -> int:
             time.sleep(moment)
             running = job.poll() is None
             if running:
-                for pid in (
-                    *children(job.pid),
-                    job.pid,
-                ):  # the launcher puts its processes in sessions of their own
+                # The launcher puts its processes in sessions of their own, so each is killed by its id.
+                for pid in (*children(job.pid), job.pid):
                     os.kill(pid, signal.SIGKILL)
             job.communicate()
             states = sorted((folder / "checkpoints").glob("*_state/step_*")) if running else []
@@ -115,7 +115,8 @@ def main() -> int:
                     verdict = f"DIFFERENT {error}"
                 newest = int(states[-1].name[5:13]) if states else 0
                 print(
-                    f"kill {hits:2}: {configuration}, {moment:.2f} s into training, resumed after step {newest}: {verdict}",
+                    f"kill {hits:2}: {configuration}, {moment:.2f} s into training, "
+                    f"resumed after step {newest}: {verdict}",
                     flush=True,
                 )
             shutil.rmtree(folder)

@@ -1,8 +1,9 @@
-"""The loader alone, from stored images to normalised batches, beside torchvision's per-item pipeline on as many cores.
+"""Time the loader alone, from stored images to normalised batches, and torchvision's per-item pipeline.
 
     python benchmarks/loader.py --data FOLDER [--repeats 5]
 
-FOLDER is what train.py takes as --dataset. torchvision gets images that are decoded already, one worker process a core.
+FOLDER is what train.py takes as --dataset. Both use the same number of cores.
+torchvision gets decoded images and one worker process per core.
 """
 
 import argparse
@@ -14,15 +15,14 @@ from pathlib import Path
 import torch
 from torchvision import transforms as T
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from modeling.data.augment import Draws, augment, padded_crop
 from modeling.data.batches import Batch, training_steps
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing, normalize, resize
 from modeling.data.sources import load_source
 from modeling.run.launch import keep_freed_memory, num_cores
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -79,9 +79,9 @@ def main() -> None:
     source = load_source(args.data)
     rows = torch.arange(len(source.splits["train"]))[:2048]
     images = decode(source, "train", rows, image_size=224, num_workers=num_cores())
-    images.where, images.sizes, images.labels, images.rows = (
+    images.pixel_index, images.sizes, images.labels, images.rows = (
         part.repeat(-(-2048 // len(rows)), *[1] * (part.dim() - 1))[:2048]
-        for part in (images.where, images.sizes, images.labels, images.rows)
+        for part in (images.pixel_index, images.sizes, images.labels, images.rows)
     )
     pictures = [T.functional.to_pil_image(images.gather(torch.tensor([i]))[0][0]) for i in range(2048)]
     side, padding = int(images.sizes[0, 0]), int(images.sizes[0, 0]) // 8

@@ -1,12 +1,14 @@
-"""Training speed, side by side: ours and its peers in turn, each in a process of its own; medians and ratios.
+"""Compare the training speed of train.py with its peers. Prints medians and ratios.
 
-    python benchmarks/speed.py peers --data FOLDER --timm-train PATH/train.py     # about 25 minutes on 2 cores
-    python benchmarks/speed.py scale --data FOLDER                                # an epoch of 1x to 8x as many images
-    python benchmarks/speed.py processes --data FOLDER                            # 1 process of 2 threads, or 2 of 1
-    python benchmarks/speed.py start --data FOLDER                                # seconds to the first step, store warm
+    python benchmarks/speed.py peers --data FOLDER --timm-train PATH/train.py  # about 25 minutes on 2 cores
+    python benchmarks/speed.py scale --data FOLDER       # an epoch of 1x to 8x as many images
+    python benchmarks/speed.py processes --data FOLDER   # 1 process of 2 threads, or 2 of 1
+    python benchmarks/speed.py start --data FOLDER       # seconds to the first step, store warm
 
-FOLDER has parquet files, with columns img and label, as CIFAR-10's. Each run starts with an empty cache, but for `start`. --bf16 is
-ours, cv_example's and timm's; the notebooks' pipelines are fp32, as they are.
+FOLDER has parquet files, with columns img and label, as CIFAR-10's. The contenders run in turn,
+each in a process of its own. Each run of `peers` starts with an empty cache. The runs of the other three
+commands share one cache.
+train.py, cv_example and timm train in bf16. The notebooks' pipelines stay in fp32.
 """
 
 import argparse
@@ -20,10 +22,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from modeling import models, profiling, recipes
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from modeling import models, profiling, recipes  # noqa: E402
+
 CONTENDERS = ROOT / "benchmarks" / "contenders.py"
 # work: images, first steps that the rate leaves out, peers
 PEERS = {
@@ -44,7 +47,7 @@ def contender(
     cache: str | None = None,
     env: dict | None = None,
 ) -> dict:
-    """One run of contenders.py with a cache of its own: what it printed, and the seconds of the whole process."""
+    """Run contenders.py once. Return the record that it printed, and the seconds of the whole process."""
     with tempfile.TemporaryDirectory() as empty:
         environment = {
             **os.environ,
@@ -94,7 +97,8 @@ def training_flops(work: str) -> float:
 
 def peers(args: argparse.Namespace) -> None:
     print(
-        "| work | contender | images/s (runs) | ours / it | epoch from a cold start | share of the matrix rate |"
+        "| work | contender | images/s (runs) | ours / it | epoch from a cold start "
+        "| share of the matrix rate |"
     )
     print("|---|---|---|---|---|---|")
     for work in args.works or PEERS:
@@ -143,10 +147,8 @@ def scale(args: argparse.Namespace) -> None:
                 seconds.setdefault(count, []).append(run["epoch_after"] - run["first_step_after"])
         first = statistics.median(seconds[counts[0]])
         for count in counts:
-            print(
-                f"| {count:,} | {statistics.median(seconds[count]):.2f} | {statistics.median(seconds[count]) / first:.2f} |",
-                flush=True,
-            )
+            median_seconds = statistics.median(seconds[count])
+            print(f"| {count:,} | {median_seconds:.2f} | {median_seconds / first:.2f} |", flush=True)
 
 
 def processes(args: argparse.Namespace) -> None:
@@ -174,7 +176,8 @@ def start(args: argparse.Namespace) -> None:
         ]
     warm = statistics.median(seconds[1:])
     print(
-        f"first step of cnn_small on 45,000 images: {seconds[0]:.1f} s with an empty cache, {warm:.1f} s after that"
+        f"first step of cnn_small on 45,000 images: {seconds[0]:.1f} s with an empty cache, "
+        f"{warm:.1f} s after that"
     )
 
 
@@ -195,7 +198,8 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix product {matrix_rate() / 1e12:.2f} TFLOP/s"
+    teraflops = matrix_rate() / 1e12
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, bf16 matrix product {teraflops:.2f} TFLOP/s"
     print(f"{time.strftime('%Y-%m-%d')}, commit {commit}, {machine}")
     {"peers": peers, "scale": scale, "processes": processes, "start": start}[args.what](args)
 

@@ -1,26 +1,27 @@
-"""What the four scripts share. Leaves first; nothing here imports a script.
+"""What the four scripts share. Nothing here imports a script.
 
-cli          argument types and groups, progress, hardware; the one place where an error becomes an exit status
-randomness   every random number, as a pure function of where it stands
-recipes      the training recipe of each model at each size
-cnn, vit     SimpleCNN and SimpleViT, plain modules
-pretrained   timm backbones: a new head, freezing, hub or local weights
-models       build_model: from a name to a module
-transforms   augmentation, resizing and normalising of a uint8 batch
-hub          downloads from the Hugging Face hub, and its cache
-decoding     from an encoded image to pixels, by threads
-store        decoded images on disk, built once, mapped into memory
-data         a dataset's name or folder -> splits -> images -> batches
-features     what a frozen backbone computes, kept on disk
-schedule     the learning rate as a pure function of the step
-engine       train_step and predict: the numeric path
-sanity       the sanity check: can the model overfit a few batches?
-preemption   signals that ask a run to end, on all processes at the same step
-resume       the state to resume from
-metrics      accuracy, F1 and the rest, as local `evaluate` modules
-checkpoint   one self-describing safetensors file, written atomically
-tracking     TensorBoard and metrics.jsonl
-profiling    times and traces engine.train_step
-report       tables, reports and plots
-shadow       lets `import evaluate` and `import profile` find the real modules beside our scripts of those names
+The hour: read train.py, then these files in this order, and you have read the whole method.
+
+recipes           one recipe for each model and size; resolve() turns flags and recipe into frozen Settings
+data/batches      the steps of an epoch, the micro-batches of a step
+data/augment      augmentation, mixup and CutMix, as functions of seed, epoch and image
+engine            train_step, predict and evaluate_model: the numeric path
+optim             optimizer, moving average, learning rate as a pure function of the step
+randomness        the hash that every random number comes from
+models/cnn, vit   SimpleCNN and SimpleViT, plain modules
+
+The machinery:
+
+data/             sources (names and folders -> splits and classes), images (which images, where their
+                  pixels are), resize, decoding, store (decoded images on disk)
+models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
+features          the features of a frozen backbone, kept on disk
+run/              files (every file name of a run), checkpoint, state (to resume from), preemption (signals),
+                  tracking (TensorBoard and metrics.jsonl), launch (processes, threads, precision)
+metrics           accuracy, F1 and the rest, as local `evaluate` modules
+evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
+sanity            can the model overfit a few batches?
+cli, progress     argument types, exit status, progress bars
+hub, files        downloads from the Hugging Face hub; atomic writes and safetensors
+errors, shadow    UserError; how `import evaluate` and `import profile` find the real modules
 """

@@ -1,4 +1,4 @@
-"""What the commands share: argument types and groups, progress, hardware, and the one place where an error becomes an exit status."""
+"""What the commands share: argument types, hardware flags, and how an error becomes an exit status."""
 
 import argparse
 import math
@@ -14,14 +14,11 @@ import torch
 from modeling.errors import UserError
 from modeling.run.launch import is_main_process, num_cores
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-_SAME_ERROR_SECONDS = 5
+SAME_ERROR_SECONDS = 5  # the main process has this long to report an error that all processes have
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, so that a script and its Python API say the same; no abbreviations."""
+    """An ArgumentParser that raises UserError, so that a script and its Python API say the same."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -35,11 +32,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
-        """Parse keyword options as if they were flags: batch_size=64 is --batch-size 64, True the flag alone, None and False nothing."""
+        """Parse keyword options as flags: batch_size=64 is --batch-size=64, resume=True is --resume.
+
+        None and False give no flag.
+        """
         argv = []
         for name, value in options.items():
-            if value is not None and value is not False:
-                argv += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                argv.append(flag)
+            elif value is not None and value is not False:
+                argv.append(f"{flag}={value}")  # with = a value may begin with a dash
         return self.parse_args(argv)
 
 
@@ -69,20 +72,10 @@ def number(
 
 
 POSITIVE_INT = number(int, low=1, high=2**31 - 1)
-
-
 NUM_WORKERS = number(int, low=0, high=1024)
-
-
 POSITIVE = number(low=0, open_low=True)
-
-
 NON_NEGATIVE = number(low=0)
-
-
 SEED = number(int, low=0, high=2**31 - 1)
-
-
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
 
 
@@ -96,7 +89,7 @@ def add_hardware_group(parser: Parser) -> None:
     group.add_argument(
         "--num-threads",
         type=POSITIVE_INT,
-        help="CPU threads of each process (default: OMP_NUM_THREADS, or the cores divided by the processes on this machine)",
+        help="CPU threads of each process (default: OMP_NUM_THREADS, else its share of the cores)",
     )
     group.add_argument(
         "--num-workers",
@@ -109,12 +102,13 @@ def add_hardware_group(parser: Parser) -> None:
         type=NON_NEGATIVE,
         default=100.0,
         metavar="GB",
-        help="largest store of a split's decoded images on disk, in 10**9 bytes; above it images are decoded as used (default: 100)",
+        help="largest store of a split's decoded images on disk, in 10**9 bytes; a larger split is decoded "
+        "at each use (default: 100)",
     )
 
 
 def check_output_dir(folder: Path, *subfolders: str) -> None:
-    """Make the folder and try to write in it, and in those subfolders that exist. UserError: it cannot be written."""
+    """Make the folder, and try to write in it and in those subfolders that exist. UserError: that fails."""
     for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):
         probe = place / f".writable-{os.getpid()}"
         try:
@@ -126,9 +120,10 @@ def check_output_dir(folder: Path, *subfolders: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Call `main` and give the exit status: 0 done, 2 bad input with one line, 130 interrupted, 1 anything else.
+    """Call `main` and return the exit status: 0 done, 2 bad input, 130 interrupted, 1 anything else.
 
-    A UserError is raised on purpose and speaks to the user. Any other ValueError is a bug and keeps its traceback.
+    A UserError is raised on purpose and speaks to the user. Any other ValueError is a bug and keeps its
+    traceback.
     """
     program = Path(sys.argv[0]).name
     try:
@@ -142,11 +137,11 @@ def run(main: Callable[[], int | None]) -> int:
         else:
             message = str(error)
         if not is_main_process():
-            time.sleep(
-                _SAME_ERROR_SECONDS
-            )  # the main process most likely has it too, says so, and the launcher ends this one
+            # The main process most likely has the same error, reports it, and the launcher ends this process.
+            time.sleep(SAME_ERROR_SECONDS)
         print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()  # else its threads can abort the process as it ends
+            # The threads of gloo can abort a process that ends while they run.
+            torch.distributed.destroy_process_group()

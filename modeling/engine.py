@@ -1,4 +1,4 @@
-"""The numeric path: train_step and predict. accelerate owns precision and the synchronisation of gradients."""
+"""The numeric path: train_step and predict. accelerate owns precision and gradient synchronisation."""
 
 import contextlib
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NOT_FINITE_HELP = "use a lower --lr, --warmup-epochs 1 or --clip-grad 1"
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a training step does besides calling the model. 0 turns label_smoothing, mixup, cutmix and clip_grad off."""
+    """What a training step does besides calling the model. 0 turns a number off."""
 
     preprocessing: Preprocessing
     augment: str = "none"
@@ -51,11 +51,13 @@ def train_step(
 ) -> torch.Tensor:
     """Make one update from this process's micro-batches of a global batch of `num_images` images.
 
-    Losses are summed, then divided by the images of the global batch. So neither a short batch, nor accumulation, nor the
-    number of processes changes the weight of an image. Returns (2,) float64 on the device: the sum of this process's losses and
-    the number of images that it classified correctly. Gradients stay until the next step.
+    Losses are summed, then divided by the images of the global batch. So neither a short batch, nor
+    accumulation, nor the number of processes changes the weight of an image. Returns (2,) float64 on the
+    device: the sum of this process's losses and the number of images that it classified correctly. Gradients
+    stay until the next step.
     """
-    # Dropout draws from torch's generator. It is seeded anew for each step, so no generator's state is ever saved.
+    # Dropout draws from torch's generator. It is seeded anew for each step, so no generator's state is ever
+    # saved.
     torch.manual_seed(
         randomness.seed(step_settings.seed, randomness.DROPOUT, step, accelerator.process_index)
     )
@@ -97,15 +99,15 @@ def train_step(
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the model's logits (B, num_classes). UserError: batch normalisation is left with one number a channel."""
+    """Return the logits (B, num_classes). UserError: batch normalisation has one number a channel."""
     try:
         return model(x)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise UserError(
-            f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: use another --batch-size, so that no "
-            "batch or micro-batch has one image, or a larger --image-size"
+            f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: "
+            "use another --batch-size, so that no micro-batch has one image, or a larger --image-size"
         ) from error
 
 
@@ -114,7 +116,8 @@ def make_inputs(
 ) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
     """Augment, normalise and mix a batch.
 
-    Returns the model's input (B, 3, S, S) float32, and a list of (weight, labels (B,)): one entry, or two where the batch mixes.
+    Returns the model's input (B, 3, S, S) float32, and a list of (weight, labels (B,)): one entry, or two
+    where the batch mixes.
     """
     x = augment(
         batch.images,
@@ -139,7 +142,7 @@ def make_inputs(
 
 
 class NonFiniteGuard:
-    """Remembers on the device the first step whose loss was not finite, so that no step waits for the device."""
+    """Remembers, on the device, the first step whose loss was not finite: no step waits for the device."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -150,7 +153,7 @@ class NonFiniteGuard:
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
 
     def check(self) -> None:
-        """Called by all processes. FloatingPointError, on each of them: one had a loss that was not finite."""
+        """All processes call this. FloatingPointError on each of them: one had a loss that was not finite."""
         step = int(self.accelerator.gather(self.first_bad_step[None]).max())
         if step >= 0:
             raise FloatingPointError(f"the loss was not finite at step {step}: {NOT_FINITE_HELP}")
@@ -159,8 +162,8 @@ class NonFiniteGuard:
 def fix_ddp_bucket_order(accelerator: Accelerator, model: nn.Module, image_size: int) -> None:
     """Let DDP choose the order of its gradient buckets now.
 
-    By itself it does so after the first step, so that a run resumed there would add gradients up in another order, and end
-    with other last bits.
+    By itself it does so after the first step, so that a run resumed there would add gradients up in another
+    order, and end with other last bits.
     """
     if accelerator.num_processes > 1:
         model.eval()
@@ -174,7 +177,8 @@ def fix_ddp_bucket_order(accelerator: Accelerator, model: nn.Module, image_size:
 class Predictions:
     """A model's answers for N images, on the CPU.
 
-    rows (the image's row in its split), labels and predicted are (N,) int64; probabilities (N, C) and losses (N,) float32.
+    rows (the image's row in its split), labels and predicted are (N,) int64; probabilities (N, C) and losses
+    (N,) float32.
     """
 
     rows: torch.Tensor
@@ -197,9 +201,10 @@ def predict(
 ) -> Predictions:
     """Run the model in eval mode over all images, and leave it in the mode that it was in.
 
-    Processes take turns with the batches that one process would make, and each gets the predictions of all images, in order.
-    features (N, D): the model takes these in place of pixels. progress(n) is called equally often on every process, with
-    the number of images that all of them have done. The model must not be wrapped by DDP, whose processes wait for each other.
+    Processes take turns with the batches that one process would make, and each gets the predictions of all
+    images, in order. features (N, D): the model takes these in place of pixels. progress(n) is called equally
+    often on every process, with the number of images that all of them have done. The model must not be
+    wrapped by DDP, whose processes wait for each other.
     """
     device = accelerator.device if accelerator else next(model.parameters()).device
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -274,7 +279,7 @@ def evaluate_model(
     progress: Callable[[int], None] | None = None,
     features: torch.Tensor | None = None,
 ) -> dict[str, float]:
-    """Return loss, accuracy, balanced accuracy, top-5 accuracy, macro and weighted F1 of a model on images. See predict."""
+    """Return the metrics of metrics.NAMES of a model on images. The arguments are those of predict."""
     predictions = predict(
         model,
         images,

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input. The message says in one line what is wrong and what to do; a script prints it and exits with status 2."""
+    """Bad input: the message says in one line what is wrong and what to do. A script exits with status 2."""

@@ -19,7 +19,7 @@ from modeling.run.launch import make_accelerator
 load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
 
 
-def build_parser(description: str) -> cli.Parser:
+def build_parser(description: str = "") -> cli.Parser:
     """The flags of evaluate.py."""
     parser = cli.Parser(description)
     inputs = parser.add_argument_group("input")

@@ -23,17 +23,18 @@ from modeling.data.resize import Preprocessing, preprocess
 from modeling.errors import UserError
 from modeling.models.backbones import ViTLinearProbe
 
-# The source files that decide what a view and its features are. A change of one makes the kept features stale.
+# The source files that decide what a view and its features are. A change of one makes the kept features
+# stale.
 _CODE = ("data/augment.py", "data/resize.py", "randomness.py", "models/backbones.py")
 
 
 class FeatureViews:
     """The views of one split's images, a file for each: (N, D) float32, mapped into memory.
 
-    A view is computed as a whole, in the same batches as a run without kept features would use, so its bits are the same.
-    It is written to a temporary file that is renamed when it is complete. The folder's name is a hash of all that the bits
-    depend on: the backbone's weights, the images, `content` (preprocessing, augmentation, seed, batches), the hardware,
-    precision, threads, versions and source code.
+    A view is computed as a whole, in the same batches as a run without kept features would use, so its bits
+    are the same. It is written to a temporary file that is renamed when it is complete. The folder's name is
+    a hash of all that the bits depend on: the backbone's weights, the images, `content` (preprocessing,
+    augmentation, seed, batches), the hardware, precision, threads, versions and source code.
     """
 
     def __init__(self, accelerator: Accelerator, probe: ViTLinearProbe, images: Images, content: list[Any]):
@@ -49,7 +50,7 @@ class FeatureViews:
         self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "features" / name
 
     def open(self, name: str, batches: Callable[[], Iterator["FeatureBatch"]]) -> torch.Tensor:
-        """Return the view `name`, (N, D) float32 on the CPU. Where its file is missing, compute it from `batches()`.
+        """Return the view `name`, (N, D) float32 on the CPU. If its file is missing, compute it.
 
         All processes call this together. UserError: the folder cannot be written. OSError: the disk is full.
         """
@@ -73,25 +74,24 @@ class FeatureViews:
         )
 
     def _compute(self, path: Path, batches: Iterator["FeatureBatch"]) -> None:
-        """Each process computes its own batches; one process of each machine writes the features of all."""
-        is_writer = self.accelerator.is_local_main_process
-        temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1]) if is_writer else None
+        """Compute the features of this process's batches, and write those of all processes.
+
+        Each process writes a file, for each may have a cache of its own.
+        """
+        temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1])
         try:
-            view = self._map(temporary, shared=True) if temporary else None
+            view = self._map(temporary, shared=True)
             for batch in batches:
                 with self.accelerator.autocast():
                     features = self.probe.features(batch.x)
                 positions, features = self._gather(batch.positions, features)
-                if view is not None:
-                    view[positions] = features
-            if temporary:
-                os.replace(temporary, path)
+                view[positions] = features
+            os.replace(temporary, path)
         finally:
-            if temporary:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
     def _gather(self, positions: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The positions (B,) and features (B, D) of all processes, on the CPU. Position -1 marks a row to leave out."""
+        """Gather the positions (B,) and features (B, D) of all processes, without the rows of position -1."""
         positions = positions.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             positions = self.accelerator.pad_across_processes(positions, pad_index=-1)
@@ -103,14 +103,14 @@ class FeatureViews:
 
 @dataclasses.dataclass
 class FeatureBatch:
-    """Model input x (B, 3, S, S) float32 on the device, and the position of each image in its split (B,), -1 for none."""
+    """Model input x (B, 3, S, S) float32, and the position of each image in its split (B,), or -1."""
 
     x: torch.Tensor
     positions: torch.Tensor
 
 
 class ProbeFeatures:
-    """The kept features of a run of the linear probe: `num_views` views of train (0: one an epoch), one of the others."""
+    """The kept features of a linear probe's run. num_views: views of train, 0 for one an epoch."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class ProbeFeatures:
         return self.views["validation"].folder.parent
 
     def of_epoch(self, epoch: int, on_batch: Callable[[], None]) -> torch.Tensor | None:
-        """The features (N, D) of the training images in the view that `epoch` (from 0) sees; None where batches mix.
+        """Return the training images' features (N, D) in the view of `epoch`; None where batches mix.
 
         on_batch is called after each step's batches while a view is computed, equally often on every process.
         """
@@ -158,7 +158,7 @@ class ProbeFeatures:
         return self.views["train"].open(f"view_{view}", lambda: self._training_batches(view, on_batch))
 
     def of_split(self, split: str, batch_size: int) -> torch.Tensor:
-        """The features (N, D) of the images of a split as evaluation sees them, in batches of `batch_size`."""
+        """Return the features (N, D) of a split as evaluation computes them, in batches of `batch_size`."""
         name = f"evaluation_{batch_size}"
         return self.views[split].open(name, lambda: self._evaluation_batches(split, batch_size))
 
@@ -190,7 +190,7 @@ class ProbeFeatures:
             on_batch()
 
     def _evaluation_batches(self, split: str, batch_size: int) -> Iterator[FeatureBatch]:
-        """This process's turns of the batches that engine.predict makes; where it has none, a batch without images."""
+        """Yield this process's turns of engine.predict's batches; in a turn without one, no image."""
         images, processes = self.views[split].images, self.accelerator.num_processes
         batches = torch.arange(len(images)).split(batch_size)
         for start in range(0, len(batches), processes):
@@ -203,7 +203,7 @@ class ProbeFeatures:
 
 
 def _create_file(path: Path, num_bytes: int) -> Path:
-    """A temporary file of zeros beside `path`, written out, so that a full disk is an error now and not in the middle."""
+    """Write a temporary file of zeros beside `path`, so that a full disk is an error before any work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

@@ -1,4 +1,4 @@
-"""Files that appear whole, and safetensors files."""
+"""Read safetensors files, and write files atomically."""
 
 import os
 import tempfile
@@ -13,17 +13,25 @@ import torch
 
 from modeling.errors import UserError
 
-HEADER_KEY = "checkpoint"  # of a checkpoint's metadata; one key: safetensors writes several in random order
+# The one metadata key of our checkpoints. With several keys safetensors would write them in random order,
+# and two equal checkpoints would differ as files.
+HEADER_KEY = "checkpoint"
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata. UserError: missing, truncated, or something else, such as a pickle."""
+    """Return all tensors of a safetensors file, and its metadata.
+
+    UserError: the file is missing, truncated, or of another format, such as a pickle.
+    """
     with open_safetensors(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def open_safetensors(path: Path):
-    """The open file, whose lengths are checked by then. UserError: missing, truncated, or something else, such as a pickle."""
+    """Open a safetensors file. Opening it checks that its length fits its header.
+
+    UserError: the file is missing, truncated, or of another format, such as a pickle.
+    """
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     try:
@@ -39,7 +47,11 @@ def open_safetensors(path: Path):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file to write; at the end it is flushed to disk and takes the name `path` at once. On an error `path` stays as it was."""
+    """Give a temporary binary file to write, and rename it to `path` when the block ends.
+
+    The file is flushed to disk before it is renamed, so a reader never sees half a file. After an error
+    `path` is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
@@ -48,7 +60,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())  # as open() would have made it
+            os.chmod(file.name, 0o666 & ~_umask())  # the permissions that open() would give
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
@@ -61,6 +73,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _umask() -> int:
+    """Return the process's umask. Python can read it only by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

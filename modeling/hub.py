@@ -1,56 +1,68 @@
-"""Repositories of the Hugging Face hub: whole files at one commit, from the cache where they are, in bounded time."""
+"""Download datasets and models from the Hugging Face hub, or take them from its cache, in bounded time."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import huggingface_hub
 from huggingface_hub import constants, errors
-from huggingface_hub.utils import WeakFileLock, _http
+from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from modeling.errors import UserError
 
-ANSWER_SECONDS = (
-    5  # a request without an answer for so long has failed; HF_HUB_DOWNLOAD_TIMEOUT decides otherwise
-)
-QUIET_ANSWERS = 5  # when for so many times that there was no answer, this process goes offline
-RETRY_WAITS = (1, 2, 4)  # seconds
+# A request fails after this many seconds without an answer. HF_HUB_DOWNLOAD_TIMEOUT overrides it.
+ANSWER_SECONDS = 5
+# The process goes offline when the hub has been silent for this many times that limit.
+QUIET_ANSWERS = 5
+RETRY_WAITS = (1, 2, 4)  # seconds between the tries
 WAYS_OUT = {
     "dataset": "give --dataset digits or a local folder (there is none of that name here)",
     "model": "give --weights FILE.safetensors, or --weights none for random ones",
 }
-_heard = 0.0  # when the hub last answered
+_heard = 0.0  # time.monotonic() when the hub last answered
 
 
 def download(
     repo_id: str, *, repo_type: str, revision: str | None = None, files: list[str] | None = None
 ) -> Path:
-    """The folder of a repository's files (all, or those of the patterns) at one commit, whose hash is the folder's name.
+    """Return a folder with a repository's files at one commit. The folder's name is the commit's hash.
 
-    repo_type: "dataset" or "model"; revision: a branch, tag or commit, by default main. What is cached is not fetched again; with
-    the hub gone, or HF_HUB_OFFLINE set, the cache answers alone. Of several processes one downloads and the others wait for its
-    lock, outside of any collective. UserError: it cannot be had, with the reason and the ways out.
+    repo_type is "dataset" or "model". revision is a branch, tag or commit; None means main. files are
+    patterns such as "*.json"; None means all files. Cached files are not downloaded again. Only the cache is
+    used when the hub does not answer or HF_HUB_OFFLINE is set. One process downloads while the others wait
+    for its file lock; they do not wait in a collective operation. UserError: the files are not available; it
+    says why and what to do.
     """
-    options = dict(repo_type=repo_type, revision=revision, allow_patterns=files)
     error: Exception | None = None
     if not constants.HF_HUB_OFFLINE:
-        _be_impatient()
         try:
-            with WeakFileLock(
-                Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
+            with (
+                _impatient(),
+                WeakFileLock(
+                    Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
+                ),
             ):
-                return Path(_with_retries(repo_id, **options))
+                return Path(_with_retries(repo_id, repo_type=repo_type, revision=revision, files=files))
         except errors.HFValidationError as failure:
             raise UserError(f"{repo_type} {repo_id!r} is no name of the hub, such as owner/name") from failure
         except (httpx2.HTTPError, OSError) as failure:
             error = failure
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, **options, local_files_only=True))
+        cached = huggingface_hub.snapshot_download(
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=files,
+            local_files_only=True,
+        )
+        return Path(cached)
     except errors.LocalEntryNotFoundError:
-        if getattr(error, "errno", None):  # the disk's, not the hub's
+        if getattr(error, "errno", None):  # the disk failed, not the hub
             raise error from None
         name = f"{repo_type} {repo_id}{f'@{revision}' if revision else ''}"
         network = (
@@ -63,16 +75,22 @@ def download(
         ) from error
 
 
-def _with_retries(repo_id: str, **options) -> str:
+def _with_retries(repo_id: str, *, repo_type: str, revision: str | None, files: list[str] | None) -> str:
+    """Download, and try again after an error that may pass. Return the folder's path."""
     for wait in (*RETRY_WAITS, None):
         try:
             return huggingface_hub.snapshot_download(
-                repo_id, **options, etag_timeout=_answer_seconds(), tqdm_class=_Bar
+                repo_id,
+                repo_type=repo_type,
+                revision=revision,
+                allow_patterns=files,
+                etag_timeout=_answer_seconds(),
+                tqdm_class=_Bar,
             )
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise
         except (httpx2.TimeoutException, httpx2.RemoteProtocolError):
-            raise  # while a file was read, and after five tries of the library's own
+            raise  # a file's transfer failed, and the library itself has already tried five times
         except (httpx2.HTTPError, OSError) as error:
             lasting = isinstance(error.__cause__ or error, (errors.OfflineModeIsEnabled, httpx2.ConnectError))
             if wait is None or lasting or getattr(error, "errno", None) or _is_quiet():
@@ -89,10 +107,14 @@ def _is_quiet() -> bool:
     return time.monotonic() - _heard > QUIET_ANSWERS * _answer_seconds()
 
 
-def _be_impatient() -> None:
-    """Give each of the library's requests ANSWER_SECONDS, and go offline after QUIET_ANSWERS times that in silence.
+@contextlib.contextmanager
+def _impatient() -> Iterator[None]:
+    """Limit how long the library waits for the hub inside this block.
 
-    Files come over plain HTTP, which resumes a cut download where it ended; xet has limits of its own.
+    Each request may wait ANSWER_SECONDS. After QUIET_ANSWERS times that long without any answer, the process
+    goes offline. The limits are two hooks on the library's client, which are removed at the end. Files come
+    over plain HTTP, which resumes an interrupted download. The xet protocol is off because these limits do
+    not reach it.
     """
     global _heard
     _heard = time.monotonic()
@@ -103,32 +125,43 @@ def _be_impatient() -> None:
         if _is_quiet():
             constants.HF_HUB_OFFLINE = True
             raise errors.OfflineModeIsEnabled("the hub does not answer")
-        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), _answer_seconds())
+        seconds = _answer_seconds()
+        request.extensions["timeout"] = {
+            "connect": seconds,
+            "read": seconds,
+            "write": seconds,
+            "pool": seconds,
+        }
 
     def listen(response) -> None:
         global _heard
         _heard = time.monotonic()
 
-    def client():
-        client = _http.default_client_factory()
-        client.event_hooks = {"request": [*client.event_hooks["request"], limit], "response": [listen]}
-        return client
-
-    huggingface_hub.set_client_factory(client)
+    client = huggingface_hub.get_session()
+    hooks = client.event_hooks
+    client.event_hooks = {
+        "request": [*hooks.get("request", []), limit],
+        "response": [*hooks.get("response", []), listen],
+    }
+    try:
+        yield
+    finally:
+        client.event_hooks = hooks
 
 
 class _Bar(tqdm):
-    """Of the library's three bars the one of bytes, on a terminal, where the download takes more than a second."""
+    """Show one of the library's three progress bars: the bytes, on a terminal, after the first second.
+
+    The library chooses the arguments, so they are passed on to tqdm as they come.
+    """
 
     def __init__(self, *args, **kwargs):
         of_bytes = str(kwargs.get("desc")).startswith("Reconstructing")
-        kwargs |= dict(
-            disable=not (of_bytes and sys.stderr.isatty()),
-            bar_format=None,
-            desc="downloading",
-            delay=1,
-            dynamic_ncols=True,
-        )
+        kwargs["disable"] = not (of_bytes and sys.stderr.isatty())
+        kwargs["bar_format"] = None
+        kwargs["desc"] = "downloading"
+        kwargs["delay"] = 1
+        kwargs["dynamic_ncols"] = True
         super().__init__(*args, **kwargs)
 
     def update(self, n: float | None = 1) -> None:
@@ -137,10 +170,11 @@ class _Bar(tqdm):
         super().update(n)
 
     def set_description(self, *args, **kwargs) -> None:
-        """The library would say that it reconstructs."""
+        """Keep our description: the library would change it to "Reconstructing"."""
 
 
 def _reason(error: Exception | None) -> str:
+    """Say in a few words why a download failed. None: the hub was not asked."""
     cause = error if isinstance(error, errors.HfHubHTTPError) else getattr(error, "__cause__", None) or error
     if cause is None:
         return "HF_HUB_OFFLINE is set, and not all of it is cached"

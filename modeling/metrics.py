@@ -10,7 +10,8 @@ import evaluate
 from modeling.stats.proportions import mcnemar_midp
 
 NAMES = ("loss", "accuracy", "balanced_accuracy", "top5_accuracy", "macro_f1", "weighted_f1")
-_CACHE = tempfile.TemporaryDirectory()  # `evaluate` makes a folder even for metrics in memory
+# `evaluate` makes a cache folder even for metrics that it keeps in memory.
+_CACHE = tempfile.TemporaryDirectory()
 _PREDICTIONS = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
 _PROBABILITIES = {
     "probabilities": datasets.Sequence(datasets.Value("float32")),
@@ -58,11 +59,8 @@ class Top5Accuracy(_Metric):
         num_classes = probabilities.shape[1]
         if num_classes <= 5:
             return {"top5_accuracy": 1.0}
-        return {
-            "top5_accuracy": float(
-                top_k_accuracy_score(references, probabilities, k=5, labels=np.arange(num_classes))
-            )
-        }
+        top5 = top_k_accuracy_score(references, probabilities, k=5, labels=np.arange(num_classes))
+        return {"top5_accuracy": float(top5)}
 
 
 class F1(_Metric):
@@ -72,9 +70,8 @@ class F1(_Metric):
     """
 
     def _compute(self, predictions, references):
-        macro, weighted = (
-            f1_score(references, predictions, average=a, zero_division=0) for a in ("macro", "weighted")
-        )
+        macro = f1_score(references, predictions, average="macro", zero_division=0)
+        weighted = f1_score(references, predictions, average="weighted", zero_division=0)
         return {"macro_f1": float(macro), "weighted_f1": float(weighted)}
 
 

@@ -215,7 +215,7 @@ def _peak_of_trace(profiler: profile) -> int:
     return peak
 
 
-def build_parser(description: str) -> cli.Parser:
+def build_parser(description: str = "") -> cli.Parser:
     """The flags of profile.py."""
     parser = cli.Parser(description)
     workload = parser.add_argument_group("workload and output")

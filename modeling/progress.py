@@ -7,26 +7,29 @@ from tqdm import tqdm
 
 from modeling.run.launch import is_main_process
 
-_LOG_SECONDS = 30
+LOG_SECONDS = 30  # between two lines where there is no terminal
 
 
 class Progress:
-    """Progress with a rate and an ETA: a bar on a terminal, elsewhere a line on standard error every 30 seconds.
+    """A progress bar on a terminal; elsewhere a line on standard error every LOG_SECONDS.
 
-    Of the main process; with `everywhere`, of each that makes one.
+    `total` counts units of the whole job, `done` those of an earlier run that this one resumes. Only the main
+    process shows progress, unless `everywhere` is set.
     """
 
     def __init__(
         self, total: int, description: str, unit: str = " images", done: int = 0, everywhere: bool = False
     ):
-        self.shown = everywhere or is_main_process()
-        self.total, self.count, self.description, self.unit, self.done = total, done, description, unit, done
+        self.total = total
+        self.description = description
+        self.unit = unit
+        self.done = done
+        self.count = 0
         self.started = self.logged = time.monotonic()
-        self.bar = (
-            tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
-            if sys.stderr.isatty() and self.shown
-            else None
-        )
+        self.is_shown = everywhere or is_main_process()
+        self.bar = None
+        if self.is_shown and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, desc=description, unit=unit, dynamic_ncols=True)
 
     def __enter__(self) -> "Progress":
         return self
@@ -39,17 +42,22 @@ class Progress:
             self.bar.close()
 
     def update(self, n: int) -> None:
+        """Count `n` more units."""
         self.count += n
         if self.bar is not None:
             self.bar.update(n)
-        elif self.shown and time.monotonic() - self.logged >= _LOG_SECONDS:
+        elif self.is_shown and time.monotonic() - self.logged >= LOG_SECONDS:
             self.logged = time.monotonic()
-            seconds, options = (
+            line = tqdm.format_meter(
+                self.count,
+                self.total,
                 self.logged - self.started,
-                dict(prefix=self.description, unit=self.unit, ncols=0, initial=self.done),
+                prefix=self.description,
+                unit=self.unit,
+                ncols=0,
+                initial=self.done,
             )
-            meter = tqdm.format_meter(self.count, self.total, seconds, **options)
-            print(meter, file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def describe(self, text: str) -> None:
         self.description = text

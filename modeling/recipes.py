@@ -1,7 +1,7 @@
-"""One frozen Recipe per model and size: optimizer, schedule, augmentation, where they come from, what was measured.
+"""One frozen Recipe per model and size, and `resolve`, which turns flags and a recipe into Settings.
 
-`--recipe reference` is the recipe that a model was published with in the user's own notebooks; `--recipe tuned` is our best for
-the same budget, and equals it until it has been tuned. A flag that the user gives always wins.
+`--recipe reference` is the recipe that a model was published with in two notebooks. `--recipe tuned` is our
+best for the same budget, and equals it until it has been tuned. A flag that the user gives always wins.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ LARGE = 128  # from this size on a model from scratch takes its 224 px form
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """lr and weight_decay as the optimizer takes them; epochs, warmup_epochs in epochs; batch_size images, over all processes.
+    """How a model is trained: lr as the optimizer takes it, batch_size in images over all processes.
 
-    mean and std normalise pixels in 0..1 for models from scratch; pretrained backbones bring their own. model_args go to the
-    model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off. feature_views is of a frozen
-    backbone: how many augmented views of each training image it sees, in turn; 0 is one an epoch.
+    mean and std normalise pixels in 0..1 for models from scratch; pretrained backbones bring their own.
+    model_args go to the model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off.
+    feature_views is of a frozen backbone: how many augmented views of each training image it sees, in turn; 0
+    is one an epoch.
     """
 
     optimizer: str
@@ -48,7 +49,8 @@ class Recipe:
 
 _CNN_SMALL = dict(channels=(32, 64), batch_norm=False, pool=None, kaiming=False, head_dropout=0.0)
 
-# (model, "small" or "large" images, or "any"). Measured figures are JPEG CIFAR-10 where they say so: see README.md, "Measured".
+# (model, "small" or "large" images, or "any"). Measured figures are JPEG CIFAR-10 where they say so: see
+# README.md, "Measured".
 REFERENCE: dict[tuple[str, str], Recipe] = {
     # SimpleCNN, STL-10 notebook: 20 epochs, no accuracy published.
     ("cnn", "any"): Recipe(
@@ -99,7 +101,8 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
             dim=128, depth=6, num_heads=4, mlp_dim=512, activation="gelu", attention_dropout=0.1, dropout=0.0
         ),
     ),
-    # CIFAR-10 notebook, resized to 224: 0.1000 after 5 epochs, for it attended over the batch. Ours attends over the tokens.
+    # CIFAR-10 notebook, resized to 224: 0.1000 after 5 epochs, for it attended over the batch. Ours attends
+    # over the tokens.
     ("vit_scratch", "large"): Recipe(
         optimizer="adam",
         lr=1e-3,
@@ -112,7 +115,8 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
     ),
 }
 TUNED: dict[tuple[str, str], Recipe] = {
-    # Four views are as good as twenty: 0.493 and 0.494 with a backbone trained on other classes; see benchmarks/LOG.md.
+    # Four views are as good as twenty: 0.493 and 0.494 with a backbone trained on other classes; see
+    # benchmarks/LOG.md.
     ("vit", "any"): dataclasses.replace(REFERENCE["vit", "any"], feature_views=4),
 }
 
@@ -134,10 +138,10 @@ def default_patch_size(image_size: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every value that a run uses, resolved once. Nothing is None, nothing changes later; 0 and "" turn a thing off.
+    """Every value that a run uses, resolved once. Nothing is None, nothing changes later; 0 is off.
 
-    The names are the flags'. run_name names the run's files; num_threads are CPU threads of each process; model_args go to
-    build_model; total_steps is the number of updates; store_limit is in bytes.
+    The names are the flags'. run_name names the run's files; num_threads are CPU threads of each process;
+    model_args go to build_model; total_steps is the number of updates; store_limit is in bytes.
     """
 
     model: str
@@ -232,7 +236,7 @@ def resolve(
     mixed_precision: str,
     num_threads: int,
 ) -> Settings:
-    """Combine the parsed flags (None: not given) with the recipe and with what the data and the machine decide.
+    """Combine the flags (None: not given) with the recipe, and with what data and machine decide.
 
     UserError: --feature-views for a model whose features cannot be kept.
     """
@@ -312,6 +316,7 @@ def num_feature_views(
             "mixup and cutmix blend images" if is_linear_probe else f"the backbone of {model} is not frozen"
         )
         raise UserError(
-            f"--feature-views keeps a frozen backbone's features of single images, but {reason}: use --feature-views 0"
+            f"--feature-views keeps a frozen backbone's features of single images, but {reason}: "
+            "use --feature-views 0"
         )
     return 0

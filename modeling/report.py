@@ -61,30 +61,39 @@ _STYLE = {
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of values as aligned text, numbers to the right."""
-    columns = list(rows[0])
-    cells = [[_cell(column, row[column]) for column in columns] for row in rows]
-    headings = [_STYLE.get(column, (column, 4))[0] for column in columns]
-    widths = [max(len(line[i]) for line in [headings, *cells]) for i in range(len(columns))]
-    justify = [
-        str.rjust if any(isinstance(row[column], int | float) for row in rows) else str.ljust
-        for column in columns
-    ]
-    lines = [headings, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "  ".join(j(text, w) for j, text, w in zip(justify, line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    """Return the rows as aligned text. A column with a number in it is aligned to the right."""
+    aligned_columns = []
+    for column in rows[0]:
+        values = [row[column] for row in rows]
+        heading, decimals = _STYLE.get(column, (column, 4))
+        aligned_columns.append(_aligned_column(heading, decimals, values))
+    lines = ["  ".join(cells).rstrip() for cells in zip(*aligned_columns, strict=True)]
+    return "\n".join(lines)
 
 
-def _cell(column: str, value: Any) -> str:
+def _aligned_column(heading: str, decimals: int, values: Sequence[Any]) -> list[str]:
+    """Return the cells of a column from top to bottom, all of one width: heading, rule, values."""
+    texts = [_cell(value, decimals) for value in values]
+    width = max(len(text) for text in [heading, *texts])
+    cells = [heading, "-" * width, *texts]
+    if any(isinstance(value, int | float) for value in values):
+        return [cell.rjust(width) for cell in cells]
+    return [cell.ljust(width) for cell in cells]
+
+
+def _cell(value: Any, decimals: int) -> str:
+    """Return a value as text. None gives an empty cell; only floats have decimals."""
+    if value is None:
+        return ""
     if isinstance(value, float):
-        return f"{value:,.{_STYLE.get(column, (column, 4))[1]}f}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,.{decimals}f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value)
 
 
 def csv_text(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """CSV with a header line."""
+    """Return the rows as CSV with a header line."""
     out = io.StringIO()
     writer = csv.DictWriter(out, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
@@ -121,19 +130,19 @@ def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def present_classes(one: Evaluated) -> list[int]:
-    """The classes that are true or predicted, as the F1 scores of metrics.csv count them."""
+    """Return the classes that are true or predicted, as numbers. The F1 scores of metrics.csv use these."""
     return np.union1d(one.predictions.labels, one.predictions.predicted).tolist()
 
 
 def report_text(one: Evaluated) -> str:
-    """scikit-learn's classification report: precision, recall, F1 and support of each class, and averages."""
+    """Return scikit-learn's report: precision, recall, F1 and support of each class, and their averages."""
     numbers = present_classes(one)
-    labels = [one.classes[n] for n in numbers]
+    names = [one.classes[number] for number in numbers]
     return classification_report(
         one.predictions.labels,
         one.predictions.predicted,
         labels=numbers,
-        target_names=labels,
+        target_names=names,
         digits=4,
         zero_division=0,
     )
@@ -147,19 +156,27 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
         f"{one.row['num_samples']:,} images"
     )
     write_text(files.report, f"{heading}\n\n{report_text(one)}")
-    p = one.predictions
-    columns = ["index", "true", "predicted", *one.classes]
+    write_text(files.predictions, _predictions_csv(one))
+    plot_confusion_matrix(files.confusion_matrix, one)
+
+
+def _predictions_csv(one: Evaluated) -> str:
+    """Return one CSV row per image: its row in the split, true class, predicted class, all probabilities."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
-    for row, true, predicted, probabilities in zip(
-        p.rows.tolist(), p.labels.tolist(), p.predicted.tolist(), p.probabilities.tolist(), strict=True
-    ):
-        writer.writerow(
-            [row, one.classes[true], one.classes[predicted], *(f"{value:.6g}" for value in probabilities)]
-        )
-    write_text(files.predictions, out.getvalue())
-    plot_confusion_matrix(files.confusion_matrix, one)
+    writer.writerow(["index", "true", "predicted", *one.classes])
+    images = zip(
+        one.predictions.rows.tolist(),
+        one.predictions.labels.tolist(),
+        one.predictions.predicted.tolist(),
+        one.predictions.probabilities.tolist(),
+        strict=True,
+    )
+    for row, true, predicted, probabilities in images:
+        cells = [row, one.classes[true], one.classes[predicted]]
+        cells += [f"{probability:.6g}" for probability in probabilities]
+        writer.writerow(cells)
+    return out.getvalue()
 
 
 def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
@@ -170,91 +187,107 @@ def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
     count = len(one.classes)
     matrix = confusion_matrix(one.predictions.labels, one.predictions.predicted, labels=range(count))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    longest = max(map(len, one.classes))
-    side = min(40.0, 3.0 + 0.5 * count + 0.06 * min(longest, 30))
+    names = [name if len(name) <= 30 else name[:29] + "…" for name in one.classes]
+    longest = max(len(name) for name in names)
+    side = min(40.0, 3.0 + 0.5 * count + 0.06 * longest)  # inches
     figure = Figure(figsize=(side + 1.0, side), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
-    names = [name if len(name) <= 30 else name[:29] + "…" for name in one.classes]
-    size = 10 if count <= _NUMBERED_CELLS else max(3, 10 * _NUMBERED_CELLS / count)
+    font_size = 10 if count <= _NUMBERED_CELLS else max(3, 10 * _NUMBERED_CELLS / count)
     axes.set_xticks(
-        range(count), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False
+        range(count),
+        names,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=font_size,
+        parse_math=False,
     )
-    axes.set_yticks(range(count), names, fontsize=size, parse_math=False)
+    axes.set_yticks(range(count), names, fontsize=font_size, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     axes.set_title(
         f"{one.name}: accuracy {one.row['accuracy']:.4f} on {one.row['num_samples']:,} images",
         parse_math=False,
     )
     if count <= _NUMBERED_CELLS:
-        for (i, j), value in np.ndenumerate(matrix):
-            if value:
-                axes.text(
-                    j,
-                    i,
-                    f"{value}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if shares[i, j] > 0.5 else "black",
-                )
+        for true, predicted in np.argwhere(matrix):
+            axes.text(
+                predicted,
+                true,
+                str(matrix[true, predicted]),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if shares[true, predicted] > 0.5 else "black",
+            )
     with atomic_write(path) as file, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # letters that no installed font has appear as boxes
+        # Characters that no installed font has are drawn as boxes, and matplotlib warns of each.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, format="png")
 
 
 def compare_models(rows: Sequence[dict[str, Any]]) -> str:
-    """A table of models, the best first. Metrics are sorted by accuracy, profiles by images per second."""
+    """Return a table of models, the best first: by accuracy, or by images per second where rows have none."""
     key = "accuracy" if "accuracy" in rows[0] else "images_per_second"
     return table(sorted(rows, key=lambda row: -row[key]))
 
 
 def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
-    """The text of model_comparison.txt.
+    """Return the text of model_comparison.txt.
 
-    It has the metrics side by side, the differences to the best model, F1 of every class, and each report.
+    It has the metrics side by side, the differences from the best model, F1 of every class, and each report.
     """
-    columns = ("model", "num_samples", *NAMES, "parameters", "trainable_parameters")
     ranked = sorted(evaluated, key=lambda one: -one.row["accuracy"])
-    rows = [{"name": one.name, **{column: one.row[column] for column in columns}} for one in ranked]
-    parts = ["Models, the most accurate first", compare_models(rows)]
+    rows = [_comparison_row(one) for one in ranked]
+    parts = []
+    evaluated_on = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
+    if len(evaluated_on) > 1:
+        parts.append("These models were evaluated on different images: their differences mean little.")
+    parts.append("Models, the most accurate first")
+    parts.append(compare_models(rows))
     if len(ranked) > 1:
         best = rows[0]
-        parts += [f"Differences from {best['name']}", table([_difference(row, best) for row in rows[1:]])]
-        parts += ["F1 of each class", table(_f1_rows(ranked))]
-    where = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
-    if len(where) > 1:
-        parts.insert(0, "These models were evaluated on different images: their differences mean little.")
+        parts.append(f"Differences from {best['name']}")
+        parts.append(table([_difference(row, best) for row in rows[1:]]))
+        parts.append("F1 of each class")
+        parts.append(table(_f1_rows(ranked)))
     for one in ranked:
-        parts += [
-            f"{one.name}: {one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}",
-            report_text(one).rstrip(),
-        ]
+        parts.append(f"{one.name}: {one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}")
+        parts.append(report_text(one).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
+def _comparison_row(one: Evaluated) -> dict[str, Any]:
+    row = {"name": one.name}
+    for column in ("model", "num_samples", *NAMES, "parameters", "trainable_parameters"):
+        row[column] = one.row[column]
+    return row
+
+
 def _difference(row: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "name": row["name"],
-        **{name: row[name] - best[name] for name in NAMES},
-        "parameters": row["parameters"] - best["parameters"],
-    }
+    """Return `row` minus `best`, for the metrics and the number of parameters."""
+    difference = {"name": row["name"]}
+    for column in (*NAMES, "parameters"):
+        difference[column] = row[column] - best[column]
+    return difference
 
 
 def _f1_rows(ranked: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    scores: dict[str, dict[str, float]] = {}
+    """Return one row per class: its name and its F1 under each model, None if a model lacks the class."""
+    scores: dict[str, dict[str, float]] = {}  # class name -> model name -> F1
     for one in ranked:
         numbers = present_classes(one)
-        f1 = precision_recall_fscore_support(
+        _, _, f1_scores, _ = precision_recall_fscore_support(
             one.predictions.labels, one.predictions.predicted, labels=numbers, zero_division=0
-        )[2]
-        for number, value in zip(numbers, f1, strict=True):
-            scores.setdefault(one.classes[number], {})[one.name] = float(value)
-    return [
-        {"class": name, **{one.name: values.get(one.name) for one in ranked}}
-        for name, values in scores.items()
-    ]
+        )
+        for number, f1 in zip(numbers, f1_scores, strict=True):
+            scores.setdefault(one.classes[number], {})[one.name] = float(f1)
+    rows = []
+    for class_name, f1_by_model in scores.items():
+        row: dict[str, Any] = {"class": class_name}
+        for one in ranked:
+            row[one.name] = f1_by_model.get(one.name)
+        rows.append(row)
+    return rows

@@ -1,4 +1,4 @@
-"""The sanity check: can a model overfit a few batches? A model that cannot has a bug, or a learning rate that does not fit."""
+"""The sanity check: can a model overfit a few batches? If not, it has a bug, or a wrong learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ def sanity_check(
 ) -> SanityResult:
     """Train on a few batches, without augmentation, until 99 % are classified correctly in eval mode.
 
-    `model` is the prepared model that trains, `raw_model` the same one without DDP. max_steps 0 means MAX_STEPS.
-    FloatingPointError: the loss is not finite.
+    `model` is the prepared model that trains, `raw_model` the same one without DDP. max_steps 0 means
+    MAX_STEPS. FloatingPointError: the loss is not finite.
     """
     step_settings = StepSettings(
         preprocessing=step_settings.preprocessing,
@@ -53,7 +53,8 @@ def sanity_check(
     limit = max_steps or MAX_STEPS
     step, epoch, accuracy, loss = 0, 0, 0.0, math.nan
     print(
-        f"Sanity check: {model_name} on {len(images)} images in batches of {batch_size}, at most {limit} steps"
+        f"Sanity check: {model_name} on {len(images)} images in batches of {batch_size}, "
+        f"at most {limit} steps"
     )
     with Progress(limit, "sanity check", unit=" steps") as progress:
         while step < limit and accuracy < ENOUGH_ACCURACY:

@@ -1,7 +1,8 @@
-"""Lets `import profile` and `import evaluate` find the real modules beside our scripts of those names.
+"""Let `import profile` and `import evaluate` find the real modules, although our scripts have the same names.
 
-A script's folder comes first on sys.path, so the root's profile.py stands before the standard library's, which cProfile and
-with it torch import, and evaluate.py before the package. Our two scripts therefore begin with a call to this.
+A script's folder comes first on sys.path. Our profile.py therefore hides the standard library's profile,
+which torch needs through cProfile. Our evaluate.py hides the evaluate package. Both scripts begin with a call
+to load_real.
 """
 
 import importlib.util
@@ -13,7 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_real(name: str) -> None:
-    """Execute the module `name` that stands elsewhere on sys.path than in this project's root, and make it sys.modules[name]."""
+    """Load the module `name` from sys.path without this project's root, and store it in sys.modules[name].
+
+    ModuleNotFoundError: only this project has a module of that name.
+    """
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     spec = PathFinder.find_spec(name, elsewhere)
     if spec is None:

@@ -1,4 +1,4 @@
-"""What the tests share: scripts in-process, small image folders, a trained checkpoint, and real images where they are."""
+"""Shared by the tests: scripts in-process, small image folders, a trained checkpoint and real images."""
 
 import contextlib
 import importlib.util
@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling import cli, evaluation, profiling
-
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # several workers share the cores: threads that wait for each other would be slow
+# Several workers of pytest-xdist share the cores, and threads that wait for each other would be slow.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # no test may depend on the network; those about it start their own process
+# No test may depend on the network. The tests about it start their own process.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# torch reads the number of threads when it is imported, so our modules come after the lines above.
+from modeling import cli, evaluation, profiling
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))
@@ -113,7 +112,7 @@ def clothing() -> Path:
 
 
 def newest_step(states: Path) -> int:
-    """The step of the newest state in a folder, 0 without one, while another process writes and removes them."""
+    """Return the step of the newest state in a folder, or 0. Another process may write and remove states."""
     return max((int(path.name[5:13]) for path in states.glob("step_*.safetensors")), default=0)
 
 

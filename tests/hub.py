@@ -1,4 +1,4 @@
-"""A hub on 127.0.0.1: as much of the Hugging Face hub's HTTP interface as downloads need, and it can be told to fail."""
+"""A hub on 127.0.0.1 with the part of the hub's HTTP interface that downloads use. It can be told to fail."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """A repository's commits, oldest first: each a dict of file contents. main is the newest; a tag may name another."""
+    """Commits, oldest first: each is a dict of file contents. main is the newest; a tag may name another."""
 
     commits: list[dict[str, bytes]]
     tags: dict[str, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Repository:
 
 @dataclass
 class Failure:
-    """What the hub does wrong with the paths that match: a status, a cut after half of a file, or silence; `times` times."""
+    """A fault on matching paths, `times` times: an error status, a cut after half of a file, or silence."""
 
     paths: str
     kind: str  # "404", "401", "500", "cut", "stall"
@@ -44,7 +44,10 @@ class Failure:
 
 
 class Hub:
-    """with Hub({"datasets/owner/name": Repository(...), "models/owner/name": ...}) as hub: point HF_ENDPOINT at hub.url."""
+    """A running hub. Point HF_ENDPOINT at hub.url.
+
+    with Hub({"datasets/owner/name": Repository(...), "models/owner/name": Repository(...)}) as hub: ...
+    """
 
     def __init__(self, repositories: dict[str, Repository]):
         self.repositories, self.failures, self.asked, self.lock = repositories, [], [], threading.Lock()

@@ -1,6 +1,7 @@
 """The training step against the same arithmetic done plainly; predictions; the average of weights."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import accelerate
@@ -331,9 +332,8 @@ def test_under_a_grad_scaler_gradients_are_clipped_unscaled_and_once_a_step(acce
     fp16 = scaled(1024.0)
     totals = run(fp16, images, ours, step_settings=step_settings, steps=2, accumulation=2)
     assert fp16.scaler.calls == ["scale", "scale", "unscale", "step", "update"] * 2
-    torch.testing.assert_close(
-        totals, expected, rtol=1e-4, atol=1e-4
-    )  # the losses that are shown, and looked at, are not scaled
+    # The losses that are logged and checked are not scaled.
+    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=1e-4)
     start, end, expected_end = (
         torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (small_cnn(), ours, plain)
     )
@@ -361,7 +361,7 @@ def test_gradients_lie_in_memory_as_their_parameters(accelerator, images, accumu
 
 
 class Meta(SimpleNamespace):
-    """An accelerator on the meta device, which computes shapes only: whatever would make the host wait for a value is an error there."""
+    """An accelerator on the meta device, which computes only shapes: to read a value is an error there."""
 
     device, process_index, num_processes = torch.device("meta"), 0, 1
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
@@ -398,3 +398,38 @@ def test_the_step_never_waits_for_its_device(name, augment):
     ):
         with pytest.raises(RuntimeError):
             wait()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_a_first_step_that_fp16_skips_leaves_the_optimizer_as_new(images, scaled, name):
+    """Two steps that overflow, then real ones: the weights are those of a run without the skipped steps."""
+
+    def weights_after(num_skipped: int) -> torch.Tensor:
+        fp16, model = scaled(2.0**10), small_cnn()
+        optimizer = build_optimizer(name, model, lr=0.01, weight_decay=1e-3)
+        model, optimizer = fp16.prepare(model, optimizer)
+        batch_of_step = next(training_steps(images, seed=1, epoch=0, batch_size=8))
+        for step in range(num_skipped + 3):
+            before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+            overflow = math.inf if step < num_skipped else 1.0
+            hooks = [parameter.register_hook(lambda g, f=overflow: g * f) for parameter in model.parameters()]
+            train_step(
+                fp16,
+                model,
+                optimizer,
+                batch_of_step,
+                epoch=0,
+                step=0,
+                lr=0.01,
+                num_images=8,
+                step_settings=StepSettings(PREP),
+            )
+            after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+            assert torch.equal(after, before) == (step < num_skipped)
+            for hook in hooks:
+                hook.remove()
+        return after
+
+    expected = weights_after(0)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(weights_after(2), expected, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Datasets and weights from a hub on this machine: the commands online and offline, and each way a hub can fail."""
+"""Datasets and weights from a hub on this machine: commands online and offline, and the ways a hub fails."""
 
 import functools
 import io
@@ -26,12 +26,12 @@ from sklearn.datasets import load_digits
 
 import modeling.hub
 from modeling import models
-from modeling.data.sources import HUB_NAMES, PROMISES, load_source
+from modeling.data.sources import KNOWN, load_source
 from modeling.hub import download
 from modeling.models import backbones
 from modeling.run import checkpoint
 
-STL10, CIFAR10 = (PROMISES[HUB_NAMES[name]][0] for name in ("stl10", "cifar10"))
+STL10, CIFAR10 = (list(known.classes) for known in KNOWN if known.hub_id)
 TIMM_IDS = {name: backbones.pretrained_config(name).hf_hub_id for name in ("vit", "deit", "resnet18")}
 
 
@@ -39,7 +39,7 @@ TIMM_IDS = {name: backbones.pretrained_config(name).hf_hub_id for name in ("vit"
 def parquet_repository(
     classes: tuple[str, ...], side: int, image: str, label: str, num_train=12, num_test=4
 ) -> dict[str, bytes]:
-    """Digits under other names: README.md with the features, as push_to_hub writes it, and a parquet file for each split."""
+    """Digits under other names: a parquet file for each split, and a README.md as push_to_hub writes it."""
     pixels = load_digits().images.astype("uint8") * 15
     files, start = {}, 0
     features = datasets.Features({image: datasets.Image(), label: datasets.ClassLabel(names=list(classes))})
@@ -54,7 +54,8 @@ def parquet_repository(
     names = "".join(f"\n          '{n}': {name}" for n, name in enumerate(classes))
     paths = "".join(f"\n  - split: {split}\n    path: data/{split}-*" for split in ("train", "test"))
     files["README.md"] = (
-        f"---\ndataset_info:\n  features:\n  - name: {image}\n    dtype: image\n  - name: {label}\n    dtype:\n      class_label:\n"
+        f"---\ndataset_info:\n  features:\n  - name: {image}\n    dtype: image\n"
+        f"  - name: {label}\n    dtype:\n      class_label:\n"
         f"        names:{names}\nconfigs:\n- config_name: default\n  data_files:{paths}\n---\n"
     ).encode()
     return files
@@ -105,11 +106,11 @@ def environment(hub, home) -> dict[str, str]:
 FEW = ("--max-steps", 1, "--num-workers", 0)
 
 
-# ---- the default commands ------------------------------------------------------------------------------------------------------
+# ---- the default commands ----------------------------------------------------------------------------------
 
 
 def test_the_literal_command_online_and_offline(hub, tmp_path):
-    """accelerate launch train.py --model vit --lr 0.01, in a copy of the project; then offline, and what follows it."""
+    """accelerate launch train.py --model vit --lr 0.01, in a copy of the project, online and then offline."""
     clone = tmp_path / "clone"
     shutil.copytree(ROOT / "modeling", clone / "modeling")
     for script in ROOT.glob("*.py"):
@@ -137,7 +138,7 @@ def test_the_literal_command_online_and_offline(hub, tmp_path):
         "revision": hub.repositories[f"models/{TIMM_IDS['vit']}"].sha(0),
     }
     assert header["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
-    # main has moved on and the hub is gone, and nothing says offline: the checkpoint's own revision is evaluated
+    # main has moved on, the hub is gone and nothing says offline: the checkpoint's own revision is evaluated
     env |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     result = command(
         sys.executable, "evaluate.py", "--ckpt", "checkpoints/vit_best.safetensors", cwd=clone, env=env
@@ -232,7 +233,7 @@ def test_hf_hub_weights_bring_their_own_preprocessing(hub, home, tmp_path):
     )
 
 
-# ---- revisions, promises, tokens -----------------------------------------------------------------------------------------------
+# ---- revisions, promises, tokens ---------------------------------------------------------------------------
 
 
 def test_a_revision_is_what_was_asked_for_offline_too(hub, home, monkeypatch):
@@ -298,7 +299,7 @@ def test_hf_token_opens_a_private_repository(hub, home, monkeypatch):
     assert len(load_source("someone/private").splits["train"]) == 12
 
 
-# ---- failures ------------------------------------------------------------------------------------------------------------------
+# ---- failures ----------------------------------------------------------------------------------------------
 
 FILES = "/resolve/.*(parquet|safetensors)"
 WAYS_OUT = {
@@ -356,7 +357,7 @@ def test_a_hub_that_fails_serves_what_is_cached(hub, home):
 
 
 def test_a_slow_hub_is_not_a_dead_one(hub, home):
-    """More files than are fetched at once, each of them slower than a dead hub is waited for (5 seconds here)."""
+    """More files than are fetched at once. Each takes over 5 seconds, the silence that ends a download."""
     names = [f"data/{n}.bin" for n in range(10)]
     hub.repositories["datasets/me/many"] = Repository([{name: os.urandom(7 << 16) for name in names}])
     hub.slow_seconds = 0.9

@@ -1,4 +1,4 @@
-"""One process, several, and gradient accumulation compute the same; a job of several is stopped, killed and resumed exactly."""
+"""One process, several and accumulation compute the same. A job of several is stopped and resumed exactly."""
 
 import csv
 import functools
@@ -27,16 +27,16 @@ from modeling.run.launch import check_shared_folder, num_cores
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 # Runs the script of argv[1] once for each list of arguments in argv[2]; vit_scratch without its dropout.
 WORKER = """
-import dataclasses, importlib.util, json, sys
+import dataclasses, importlib, json, sys
 sys.path.insert(0, ".")
 from modeling import cli, recipes
 for key, recipe in list(recipes.REFERENCE.items()):
     if "dropout" in recipe.model_args:
-        recipes.REFERENCE[key] = dataclasses.replace(recipe, model_args={**recipe.model_args, "dropout": 0.0, "attention_dropout": 0.0})
+        model_args = {**recipe.model_args, "dropout": 0.0, "attention_dropout": 0.0}
+        recipes.REFERENCE[key] = dataclasses.replace(recipe, model_args=model_args)
 #before
-spec = importlib.util.spec_from_file_location("script", sys.argv[1] + ".py")
-script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+name = {"evaluate": "modeling.evaluation"}.get(sys.argv[1], sys.argv[1])
+script = importlib.import_module(name)
 sys.argv[0], calls = sys.argv[1] + ".py", json.loads(sys.argv[2])
 sys.exit(cli.run(lambda: max(script.main(argv) or 0 for argv in calls)))
 """
@@ -93,7 +93,7 @@ def weights(folder: Path) -> torch.Tensor:
     )
 
 
-# ---- the same result -----------------------------------------------------------------------------------------------------------
+# ---- the same result -----------------------------------------------------------------------------
 
 # 202 images in batches of 16 leave 10; three processes share 16 as 6, 5, 5. 4 epochs are 52 steps.
 SAME = (
@@ -113,7 +113,7 @@ SAME = (
     0.05,
 )
 SAME += ("--augment", "standard", "--mixup", 0.4, "--num-threads", 1)
-# The last bit decides a maximum of a pool now and then, and more often in the flat areas of digits, where there are ties.
+# Now and then the last bit decides which value of a pool is the maximum. Flat areas of digits have many ties.
 TOLERANCE = {"cnn_small": 1e-2 if IMAGES == "digits" else 1e-3, "vit_scratch": 1e-5}
 MODELS = {"cnn_small": ("--model", "cnn_small"), "vit_scratch": ("--model", "vit_scratch", "--patch-size", 8)}
 
@@ -202,7 +202,7 @@ def test_evaluation_is_exact_on_any_number_of_images(place, world_size, tmp_path
     torch.set_num_threads(num_cores())
 
 
-# ---- stopped and resumed -------------------------------------------------------------------------------------------------------
+# ---- stopped and resumed -------------------------------------------------------------------------
 
 RUN = (
     "--dataset",
@@ -365,7 +365,7 @@ def test_two_machines_match_one_process(place, tmp_path):
     assert distance(tmp_path, alone(place, "cnn_small")) < TOLERANCE["cnn_small"]
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_a_bad_launch_is_one_line(tmp_path):

@@ -68,7 +68,7 @@ RUNS = {
 
 
 def outcome(folder: Path) -> dict:
-    """All that must be bitwise equal: weights and headers of both checkpoints, the clock apart, and metrics.jsonl."""
+    """Return what must be bitwise equal: metrics.jsonl, and both checkpoints without their clock."""
     result = {"metrics.jsonl": next((folder / "runs").glob("*/metrics.jsonl")).read_bytes()}
     for path in sorted((folder / "checkpoints").glob("*.safetensors")):
         header = checkpoint.read_header(path)
@@ -209,7 +209,7 @@ def test_force_goes_on_with_more_epochs(references, tmp_path):
 
 
 def test_force_goes_on_after_an_epoch_that_was_cut(references, tmp_path):
-    """--max-steps 10 ends within the second epoch of 7 steps; with 14 it is finished, on the images that it had not seen."""
+    """An epoch has 7 steps. --max-steps 10 cuts the second one; 14 finishes it on the images not yet seen."""
     flags = (*CNN, "--output-dir", tmp_path)
     assert call("train", *flags, "--max-steps", 10).status == 0
     seen = []
@@ -278,7 +278,7 @@ def test_what_a_kill_left_half_written_is_removed_and_a_newer_broken_state_too(r
     result = call("train", *RUNS["plain"], "--output-dir", tmp_path, "--resume", "--checkpoint-every", 1)
     assert result.status == 0, result.err
     assert not any(path.exists() for path in (*halves, newest))
-    assert len(state.list_states(states)) == state.KEEP
+    assert len(state.list_states(states)) == state.NUM_KEPT
     assert_same_outcome(tmp_path, references("plain"))
 
 
@@ -339,7 +339,7 @@ def test_a_damaged_state_is_passed_over_with_a_warning(references, damage, tmp_p
 
 def test_a_state_is_tensors_and_json_and_two_are_kept(references):
     states = state.list_states(references("bf16, SGD, warm-up") / "checkpoints" / "cnn_small_state")
-    assert len(states) == state.KEEP
+    assert len(states) == state.NUM_KEPT
     assert sorted(p for p in states[0].parent.iterdir()) == sorted(states)
     _, tensors, header = state.read_newest(states[0].parent)
     assert {key.split(".")[0] for key in tensors} == {"model", "optimizer", "ema", "totals"}
@@ -379,7 +379,7 @@ def test_a_state_with_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeyp
     ]
 
 
-# ---- signals and kills, in processes of their own ------------------------------------------------------------------------------
+# ---- signals and kills, in processes of their own ------------------------------------------------
 
 LONG = (*RUNS["dropout, EMA, clipping"], "--checkpoint-every", 1)
 
@@ -445,7 +445,11 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
     code = (
         "import os, signal, sys, time; sys.argv = ['train.py', *sys.argv[1:]]; sys.path.insert(0, '.')\n"
         "from modeling.run import state; import train\n"
-        "def slow(*_): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.7); os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+        "def slow(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.7)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
         "state.States.save = slow\n"
         "train.main()"
     )

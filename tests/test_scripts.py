@@ -13,17 +13,18 @@ from conftest import ROOT, TINY, assert_refused, call, command, make_image_folde
 from modeling.run import launch
 from modeling.run.launch import make_accelerator, num_cores
 
-TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile --cutmix --dataset --deterministic
---early-stop --ema --epochs --feature-views --force --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing
---limit-eval --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads --num-workers --optimizer
---output-dir --patch-size --recipe --resume --run-name --sanity-check --seed --store-limit --val-fraction --warmup-epochs --weight-decay
---weights"""
+TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile
+--cutmix --dataset --deterministic --early-stop --ema --epochs --feature-views --force
+--gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval
+--limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads
+--num-workers --optimizer --output-dir --patch-size --recipe --resume --run-name --sanity-check
+--seed --store-limit --val-fraction --warmup-epochs --weight-decay --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
-    "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads --num-workers --output-dir --split "
-    "--store-limit",
-    "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps --num-threads --num-workers --output-dir "
-    "--recipe --store-limit",
+    "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads "
+    "--num-workers --output-dir --split --store-limit",
+    "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps "
+    "--num-threads --num-workers --output-dir --recipe --store-limit",
     "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
 }
 
@@ -37,7 +38,7 @@ def test_the_flags_are_these(script):
         assert action.help, action.option_strings
 
 
-# ---- the two names -------------------------------------------------------------------------------------------------------------
+# ---- the two names -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_every_script_runs_by_path_from_any_folder(script, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- as a user runs them -------------------------------------------------------------------------------------------------------
+# ---- as a user runs them -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config, precision", [("cpu", "no"), ("cpu_bf16", "bf16")])
@@ -182,14 +183,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(scripts.train, "run_training", lambda args: torch.zeros(2).view(3))
     with pytest.raises(RuntimeError, match="shape"):
         call("train")
-    monkeypatch.setattr(
-        scripts.train, "run_training", lambda args: json.loads("{")
-    )  # a ValueError, but a library's
+    # A library's ValueError is no UserError.
+    monkeypatch.setattr(scripts.train, "run_training", lambda args: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting property name"):
         call("train")
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

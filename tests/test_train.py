@@ -19,7 +19,7 @@ from modeling.run import checkpoint
 
 
 def run(folder, *flags, name="cnn_small"):
-    """Train and give the epochs' records, the headers and weights of both checkpoints, and what was printed."""
+    """Train. Return the epochs' records, the headers and weights of both checkpoints, and the output."""
     result = call("train", *TINY, *flags, "--output-dir", folder)
     assert result.status == 0, result.err
     lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
@@ -161,8 +161,9 @@ def test_lr_and_warmup(plain, tmp_path):
 def test_a_flag_changes_the_training_and_is_in_the_header(plain, tmp_path, flags):
     other = run(tmp_path, "--epochs", 2, *flags)
     assert other.epochs[-1]["train_loss"] != plain.epochs[-1]["train_loss"]
+    recorded = other.best["arguments"] | other.best["model"]
     for flag, value in zip(flags[::2], flags[1::2], strict=True):
-        assert other.best["arguments"][flag[2:].replace("-", "_")] == value
+        assert recorded[flag[2:].replace("-", "_")] == value
     if flags[0] == "--clip-grad":  # steps of at most lr x 1e-4 x (1 + momentum ...) go nowhere
         assert other.epochs[1]["train_loss"] == pytest.approx(other.epochs[0]["train_loss"], rel=1e-3)
 

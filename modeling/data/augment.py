@@ -1,9 +1,8 @@
-"""Resizing, augmenting and normalising batches of uint8 images, on the device where they are.
+"""Augment batches of uint8 images on the device that holds them.
 
-Every image draws its own parameters from (seed, epoch, its index), so its pixels do not depend on the batch it is in. Pixels
-stay whole numbers from 0 to 255 between the steps, which are torchvision's functional ops; tests/test_transforms.py holds them against
-it, image by image.
-A resize is two matrix products with 14-bit weights: sums of integers below 2**24, exact in float32 in any order, on any device.
+Each image draws its parameters from (seed, epoch, its index). Its pixels therefore do not depend on the
+batch. Pixels stay whole numbers from 0 to 255 between the operations. The operations are torchvision's
+functional API; tests/test_augment.py compares them image by image.
 """
 
 import math
@@ -24,9 +23,10 @@ _FLIP, _ANGLE, _PAD_X, _PAD_Y, _CROP, _JITTER, _RANDAUGMENT = 0, 1, 2, 3, 10, 60
 
 
 class Draws:
-    """Uniform numbers of one batch, float32 in [0, 1): draws(n) is number n of each image, (B,); draws(n, count) from n on, (B, count).
+    """Uniform float32 numbers in [0, 1) for the images of one batch.
 
-    They are drawn on the CPU, whatever the device of the images: so what depends on them can be chosen without waiting for it.
+    draws(n) gives number n of each image, (B,). draws(n, count) gives numbers n to n + count - 1, (B, count).
+    They are drawn on the CPU, so that a choice that depends on them never waits for the device.
     """
 
     def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
@@ -39,9 +39,11 @@ class Draws:
 
 
 def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, float]) -> torch.Tensor:
-    """Boxes (B, 4) of RandomResizedCrop (Szegedy et al., https://arxiv.org/abs/1409.4842): `scale` of the area, aspect 3/4 to 4/3.
+    """Draw the boxes (B, 4) of RandomResizedCrop (Szegedy et al., https://arxiv.org/abs/1409.4842).
 
-    The first of ten tries that fits the image, else the largest centred box of an allowed aspect, as torchvision has it.
+    A box has a share in `scale` of the image's area and an aspect from 3/4 to 4/3. Of ten tries the first
+    that fits counts; if none fits, the box is the largest centred one with an allowed aspect, as in
+    torchvision.
     """
     height, width = sizes[:, 0].float(), sizes[:, 1].float()
     u = draws(_CROP, 22)
@@ -60,7 +62,10 @@ def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, flo
 
 
 def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Pad by an eighth of the side with black (4 pixels at 32, as He et al., https://arxiv.org/abs/1512.03385), crop the size back."""
+    """Pad with black by an eighth of the side, then crop back to the size at random.
+
+    At 32 pixels the padding is 4, as in He et al., https://arxiv.org/abs/1512.03385.
+    """
     B, _, S, _ = images.shape
     pad = S // 8
     padded = F.pad(images, (pad, pad, pad, pad))
@@ -76,17 +81,16 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
     r, g, b = images.unbind(dim=1)
-    return ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()[
-        :, None
-    ]  # integers until the division: no rounding
+    gray = ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()  # integers until the division: no rounding
+    return gray[:, None]
 
 
 def color_jitter(
     images: torch.Tensor, boxes: torch.Tensor, draws: Draws, strength: float = 0.2
 ) -> torch.Tensor:
-    """Brightness, contrast and saturation by factors in 1 -+ strength, in an order of each image's own.
+    """Change brightness, contrast and saturation by factors in 1 +- strength, in random order.
 
-    The mean that contrast is about is that of the image's box: boxes (B, 4), top, left, height, width.
+    Contrast is relative to the mean grey inside the image's box. boxes (B, 4): top, left, height, width.
     """
     u = draws(_JITTER, 6)
     order = u[:, 3:].argsort(dim=1, stable=True)  # (B, 3)
@@ -98,9 +102,9 @@ def color_jitter(
         :, None, None, :
     ]
     images = images.float()
-    for slot in range(
-        3
-    ):  # each op is image * factor + other * (1 - factor), where other is nothing, the mean grey, or the pixel's grey
+    # Each operation is image * factor + other * (1 - factor). other is 0 for brightness, the mean grey for
+    # contrast, and the pixel's grey for saturation.
+    for slot in range(3):
         is_contrast, is_saturation = ((order[:, slot] == op)[:, None, None, None] for op in (1, 2))
         factor = factors[:, slot]
         gray = _gray(images)
@@ -149,7 +153,7 @@ def _sharpen(images: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def _randaugment_ops(size: int) -> list:
-    """RandAugment's 14 ops at magnitude 9 of 30, functions of (images, sign), with torchvision's ranges."""
+    """List RandAugment's 14 operations at magnitude 9 of 30: functions of (images, sign)."""
     m = 9 / 30
 
     def shear(images: torch.Tensor, x: float = 0.0, y: float = 0.0):
@@ -176,7 +180,7 @@ def _randaugment_ops(size: int) -> list:
 
 
 def randaugment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """RandAugment (Cubuk et al., https://arxiv.org/abs/1909.13719), two ops of magnitude 9 of 30. uint8 -> uint8."""
+    """Apply two operations of RandAugment (Cubuk et al., https://arxiv.org/abs/1909.13719) to uint8."""
     ops = _randaugment_ops(images.shape[-1])
     for slot in range(2):
         choice = torch.floor(draws(_RANDAUGMENT + 2 * slot) * len(ops)).long()
@@ -201,10 +205,13 @@ def augment(
     epoch: int,
     indices: torch.Tensor,
 ) -> torch.Tensor:
-    """A batch as training sees it in `epoch`: (B, C, H, W) uint8, and on the CPU sizes (B, 2) and indices (B,) -> (B, C, S, S) float32.
+    """Make the model's training input for `epoch`: (B, C, H, W) uint8 -> (B, C, S, S) float32.
 
-    none: as at evaluation. light: RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2. standard: flip, padded crop, colour
-    jitter 0.2, rotation by up to 15 degrees. randaugment: RandAugment.
+    sizes (B, 2) and indices (B,) are on the CPU. The augmentation sets are:
+    none         as at evaluation
+    light        RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2
+    standard     flip, padded crop, colour jitter 0.2, rotation by up to 15 degrees
+    randaugment  RandAugment
     """
     draws = Draws(seed, epoch, indices)
     if name == "none":
@@ -213,9 +220,8 @@ def augment(
         out = randaugment(resize(images, sizes, prep).to(torch.uint8), draws)
     else:
         flip = draws(_FLIP) < 0.5
-        if (
-            name == "light"
-        ):  # colours before the resize, which enlarges: the same but for rounding, at a fraction of the cost
+        if name == "light":
+            # Change the colours before the resize, which enlarges: equal up to rounding, and much cheaper.
             boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
             images, scaled = color_jitter(images, boxes, draws), torch.full_like(sizes, prep.image_size)
             out = resample(
@@ -238,11 +244,12 @@ def mix(
     cutmix: float,
     keys: tuple[int, ...],
 ) -> tuple[torch.Tensor, float]:
-    """Mix each image with its partner; one weight and one box for the whole global batch, drawn by `keys`.
+    """Mix each image with its partner. Give (B, C, S, S) and the weight of the image's own label.
 
-    x (U, C, S, S); own and partner (B,) point into it. mixup (Zhang et al., https://arxiv.org/abs/1710.09412) and cutmix (Yun et
-    al., https://arxiv.org/abs/1905.04899) are the alphas of their Beta distributions; 0 is off, and of two the batch takes one at
-    random. Gives (B, C, S, S) and the weight of the own label.
+    x is (U, C, S, S); own and partner (B,) point into it. mixup (Zhang et al.,
+    https://arxiv.org/abs/1710.09412) and cutmix (Yun et al., https://arxiv.org/abs/1905.04899) are the
+    alphas of Beta distributions; 0 is off. If both are on, `keys` decide which one a batch gets. The weight
+    and the box are equal in the whole global batch.
     """
     u = randomness.uniform(*keys, torch.arange(4)).tolist()
     use_cutmix = cutmix > 0 and (mixup == 0 or u[0] < 0.5)

@@ -1,4 +1,4 @@
-"""The steps of an epoch, the batches of a step."""
+"""The steps of an epoch, and the batches of a step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +12,12 @@ from modeling.data.images import Images
 
 @dataclass
 class Batch:
-    """One micro-batch. images (U, 3, H, W) uint8, sizes, labels, indices (U,); where mixing, own and partner (B,) point into them.
+    """One micro-batch: images (U, 3, H, W) uint8; sizes (U, 2); labels and indices (U,); weights (B,)
+    float32.
 
-    Where the features of a frozen backbone are kept, features (U, D) float32 take the place of images, which are None.
-    weights (B,) float32 is 1, or 0 for the image that a process runs when the global batch left it none.
+    With mixing, own and partner (B,) point into the U images; without it they are None and B is U. Where the
+    features of a frozen backbone are kept, features (U, D) float32 take the place of images, which are None.
+    A weight is 1, but 0 for the image that a process runs if the global batch has none left for it.
     """
 
     images: torch.Tensor | None
@@ -28,22 +30,28 @@ class Batch:
     features: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device, but sizes and indices, by which the CPU decides what the device has to do."""
+        """Move the batch to a device. sizes and indices stay on the CPU, which plans the augmentation."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
-        stay = {"sizes", "indices"}
         return Batch(
-            **{
-                name: value if value is None or name in stay else move(value)
-                for name, value in vars(self).items()
-            }
+            images=None if self.images is None else move(self.images),
+            sizes=self.sizes,
+            labels=move(self.labels),
+            indices=self.indices,
+            weights=move(self.weights),
+            own=None if self.own is None else move(self.own),
+            partner=None if self.partner is None else move(self.partner),
+            features=None if self.features is None else move(self.features),
         )
 
 
 def split_batch(num_images: int, *, accumulation: int, rank: int, world_size: int) -> list[torch.Tensor]:
-    """The positions in a global batch that each of a rank's micro-batches takes; as many on every rank, some perhaps empty."""
+    """Give the positions in the global batch of each micro-batch of a rank.
+
+    Every rank has the same number of micro-batches. Some may be empty.
+    """
     largest = -(-num_images // world_size)
     mine = torch.arange(num_images).tensor_split(world_size)[rank]
     return list(mine.tensor_split(min(accumulation, largest)))
@@ -62,11 +70,12 @@ def training_steps(
     start: int = 0,
     features: torch.Tensor | None = None,
 ) -> Iterator[list[Batch]]:
-    """The steps of an epoch from `start` on, each the micro-batches of this rank's share of a global batch of `batch_size` images.
+    """Yield the steps of an epoch from `start` on: this rank's micro-batches of each global batch.
 
-    The order is a function of (seed, epoch), mixing partners of (seed, epoch, step) over the global batch. The last batch is as
-    short as it falls. Images that are decoded as they are used are decoded two steps ahead. With features (N, D) of the
-    images, a batch carries these instead of pixels.
+    A global batch has `batch_size` images; the last one may be shorter. The order depends on (seed, epoch).
+    The mixing partners are drawn over the global batch and depend on (seed, epoch, step). With features (N,
+    D) of the images, batches carry these instead of pixels. Images that are decoded at each use are decoded
+    two steps ahead.
     """
 
     def micro_batch(global_batch: torch.Tensor, partners: torch.Tensor | None, share: torch.Tensor) -> Batch:
@@ -75,9 +84,12 @@ def training_steps(
         positions, own, partner = global_batch[share], None, None
         if partners is not None:
             both = torch.cat([positions, global_batch[partners[share]]])
-            positions, where = torch.unique(both, return_inverse=True)
-            own, partner = where.chunk(2)
-        pixels, sizes = (None, images.sizes[positions]) if features is not None else images.gather(positions)
+            positions, inverse = torch.unique(both, return_inverse=True)
+            own, partner = inverse.chunk(2)
+        if features is None:
+            pixels, sizes = images.gather(positions)
+        else:
+            pixels, sizes = None, images.sizes[positions]
         return Batch(
             images=pixels,
             sizes=sizes,
@@ -98,8 +110,6 @@ def training_steps(
             mine = split_batch(len(global_batch), accumulation=accumulation, rank=rank, world_size=world_size)
             yield [micro_batch(global_batch, partners, share) for share in mine]
 
-    return (
-        decoding.prefetch(steps())
-        if features is None and isinstance(images.pixels, decoding.Decoder)
-        else steps()
-    )
+    if features is None and isinstance(images.pixels, decoding.Decoder):
+        return decoding.prefetch(steps())
+    return steps()

@@ -1,4 +1,4 @@
-"""From an encoded image to pixels: any mode, upright, in RGB, not larger than needed; by threads, and ahead of their use."""
+"""Decode images of any mode into upright RGB pixels, in threads and ahead of their use."""
 
 import collections
 import contextlib
@@ -19,7 +19,10 @@ from modeling.errors import UserError
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode, upright as its EXIF says, in 8-bit RGB; 16 bits are scaled to 8, transparency is dropped."""
+    """Convert an image of any mode to upright 8-bit RGB. Scale 16 bits to 8; drop transparency.
+
+    UserError: the pixels are floating-point numbers.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
@@ -30,8 +33,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _open(cell: dict, where: str) -> Iterator[Image.Image]:
-    """One cell of an undecoded image column. UserError: what is done with it fails, naming the file, or `where` it stands."""
+def _open(cell: dict, described_as: str) -> Iterator[Image.Image]:
+    """Open one cell of an undecoded image column.
+
+    UserError: the cell cannot be opened, or the block that uses it fails. The message names the file if
+    there is one, else the cell as it is `described_as`, for example "row 7 of split train of NAME".
+    """
     try:
         if cell["bytes"] is None and cell["path"] is None:
             raise UserError("the image is missing")
@@ -39,49 +46,49 @@ def _open(cell: dict, where: str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         path = cell["path"] or ""
-        name = path if Path(path).is_file() else f"{path} in {where}" if path else where
+        name = path if Path(path).is_file() else f"{path} in {described_as}" if path else described_as
         raise UserError(f"cannot decode image {name}: {error or type(error).__name__}") from error
 
 
-def read_image(cell: dict, where: str) -> Image.Image:
-    """Decode one cell of an undecoded image column. UserError: undecodable, naming the file, or `where` it stands."""
-    with _open(cell, where) as image:
+def read_image(cell: dict, described_as: str) -> Image.Image:
+    """Decode one cell of an undecoded image column. UserError: it cannot be decoded (see _open)."""
+    with _open(cell, described_as) as image:
         return to_rgb(image)
 
 
 def reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
-    """The size, or where its short side is longer than that, or its long one than three times that, a smaller one of the same shape."""
+    """Shrink (width, height): short side at most `short_side`, long side at most three times that.
+
+    Keep the shape. Never enlarge.
+    """
     scale = min(1.0, short_side / min(size), 3 * short_side / max(size))
     return (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
 
 
 def reduced(image: Image.Image, short_side: int) -> Image.Image:
-    """The image at its reduced_size."""
+    """Shrink an image to its reduced_size."""
     size = reduced_size(image.size, short_side)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3)
 
 
-def read_size(cell: dict, where: str) -> tuple[int, int]:
-    """Width and height of one cell of an undecoded image column, upright, from the file's header. UserError: unreadable."""
-    with _open(cell, where) as image:
-        turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) in (
-            5,
-            6,
-            7,
-            8,
-        )  # Pillow turns a TIFF
+def read_size(cell: dict, described_as: str) -> tuple[int, int]:
+    """Read width and height of an upright image from its file's header. UserError: unreadable."""
+    with _open(cell, described_as) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # Orientations 5 to 8 swap width and height. Pillow has already turned a TIFF when it opens it.
+        turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
 class Encoded:
-    """The images of one split, as the dataset has them."""
+    """The encoded images of one split. `place` names the split in error messages."""
 
     def __init__(self, dataset: datasets.Dataset, column: str, place: str):
         raw = dataset.cast_column(column, datasets.Image(decode=False))
         self.cells, self.column, self.place = raw.select_columns([column]), column, place
 
     def map(self, read: Callable[[dict, str], Any], rows: Iterable[int], num_workers: int) -> Iterator[Any]:
-        """read(cell, where it stands) of the rows, in order, by so many threads; 0: by none."""
+        """Yield read(cell, described_as) of each row, in order, with num_workers threads (0: none)."""
         rows = list(rows)
         with ThreadPoolExecutor(num_workers or 1) as pool:
             for start in range(0, len(rows), 64):
@@ -94,30 +101,30 @@ class Encoded:
 
 @dataclass
 class Decoder:
-    """Images that are decoded by threads whenever they are wanted, for there are too many to keep."""
+    """Images that are decoded each time they are used, because there are too many to keep."""
 
     images: Encoded
     num_workers: int
     short_side: int
 
     def take(self, rows: Iterable[int]) -> list[torch.Tensor]:
-        """uint8 (3, H, W) of each row."""
+        """Decode rows to uint8 tensors (3, H_i, W_i)."""
         read = functools.partial(read_reduced, short_side=self.short_side)
         return [to_tensor(image) for image in self.images.map(read, rows, self.num_workers)]
 
 
-def read_reduced(cell: dict, where: str, *, short_side: int) -> Image.Image:
-    """read_image, reduced."""
-    return reduced(read_image(cell, where), short_side)
+def read_reduced(cell: dict, described_as: str, *, short_side: int) -> Image.Image:
+    """Decode an image and shrink it to `short_side`."""
+    return reduced(read_image(cell, described_as), short_side)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """uint8 (3, H, W) of an RGB image."""
+    """Turn an RGB image into a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def prefetch(items: Iterator[Any], depth: int = 2) -> Iterator[Any]:
-    """The same items, made by a thread up to `depth` before they are wanted."""
+    """Yield the same items. A thread makes up to `depth` of them before they are asked for."""
     end = object()
     with ThreadPoolExecutor(1) as pool:
         pending = collections.deque(pool.submit(next, items, end) for _ in range(depth))

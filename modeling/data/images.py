@@ -14,25 +14,23 @@ import torch
 from modeling.data import decoding, store
 from modeling.data.sources import Source
 
-KEEP_SHORT_SIDE = 256  # images larger than this, and than the model needs, are kept smaller
-
-
-IN_MEMORY = 10**9  # bytes of a part of a split that are decoded into memory
-
-
-FINGERPRINT_BYTES = 10**9  # of pixels that a fingerprint reads
+KEEP_SHORT_SIDE = 256  # pixels; larger images are shrunk to this, unless the model needs more
+IN_MEMORY = 10**9  # bytes; a larger part of a split goes to the store
+FINGERPRINT_BYTES = 10**9  # a fingerprint reads about this many bytes of pixels
 
 
 @dataclass
 class Images:
-    """Images of one split: image i is pixels[where[i]]. pixels: uint8 (M, 3, H, W), a list of (3, H_i, W_i), or what decodes them anew.
+    """Images of one split. Image i is pixels[pixel_index[i]].
 
-    where (N,) int64; sizes (N, 2) int64 height and width; labels (N,) int64; rows (N,) int64, sorted, the row of each in the dataset's
-    split, by which its augmentation is drawn; origin is the split's fingerprint by `datasets`, digest what fingerprint() gave.
+    pixels: uint8 (M, 3, H, W), a list of uint8 (3, H_i, W_i), or a Decoder that decodes an image at each use.
+    pixel_index, labels and rows (N,) int64; sizes (N, 2) int64, height and width. rows, sorted, are the
+    rows in the dataset's split; the augmentation of an image depends on its row. origin is the fingerprint
+    that `datasets` gives the split. digest is the result of fingerprint(), or None before its first call.
     """
 
     pixels: store.Pixels | decoding.Decoder
-    where: torch.Tensor
+    pixel_index: torch.Tensor
     sizes: torch.Tensor
     labels: torch.Tensor
     rows: torch.Tensor
@@ -47,7 +45,7 @@ class Images:
         """The images at `positions` (M,), in that order. They share the pixels."""
         return dataclasses.replace(
             self,
-            where=self.where[positions],
+            pixel_index=self.pixel_index[positions],
             sizes=self.sizes[positions],
             labels=self.labels[positions],
             rows=self.rows[positions],
@@ -55,18 +53,18 @@ class Images:
         )
 
     def gather(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """uint8 (B, 3, H, W), smaller images filled up with zeros on the right and below, and sizes (B, 2)."""
-        sizes, where = self.sizes[positions], self.where[positions]
+        """Give images uint8 (B, 3, H, W), padded with zeros right and below, and sizes (B, 2)."""
+        sizes, pixel_index = self.sizes[positions], self.pixel_index[positions]
         if isinstance(self.pixels, torch.Tensor):
-            return self.pixels[where], sizes
+            return self.pixels[pixel_index], sizes
         height, width = sizes.amax(dim=0).tolist()
         out = torch.zeros(len(positions), 3, height, width, dtype=torch.uint8)
-        for canvas, image in zip(out, self._pixels_of(where), strict=True):
+        for canvas, image in zip(out, self._pixels_of(pixel_index), strict=True):
             canvas[:, : image.shape[1], : image.shape[2]] = image
         return out, sizes
 
-    def _pixels_of(self, where: torch.Tensor) -> Iterable[torch.Tensor]:
-        indices = where.tolist()
+    def _pixels_of(self, pixel_index: torch.Tensor) -> Iterable[torch.Tensor]:
+        indices = pixel_index.tolist()
         return (
             self.pixels.take(indices)
             if isinstance(self.pixels, decoding.Decoder)
@@ -74,11 +72,11 @@ class Images:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 of sizes, labels and pixels; of more than FINGERPRINT_BYTES of pixels, every so many images."""
+        """Give the SHA-256 of sizes, labels and about FINGERPRINT_BYTES of pixels at most."""
         if self.digest is None:
             every = -(-3 * int(self.sizes.prod(dim=1).sum()) // FINGERPRINT_BYTES)
             digest = hashlib.sha256(self.sizes.numpy().tobytes() + self.labels.numpy().tobytes())
-            for part in self.where[::every].split(1024):
+            for part in self.pixel_index[::every].split(1024):
                 for image in self._pixels_of(part):
                     digest.update(image.numpy())
             self.digest = digest.hexdigest()
@@ -95,13 +93,14 @@ def decode(
     store_limit: float = math.inf,
     progress=None,
 ) -> Images:
-    """The images of `rows` of the dataset's own `split`, ready to be used.
+    """Give the images in `rows` of a split of the dataset, ready to be used.
 
-    More than half of a split, or more than IN_MEMORY bytes, come from the split's store, which is built where it is not there; fewer,
-    or those of a dataset that is in memory, are decoded into memory. A store that would take more than store_limit bytes is not
-    built: its images are decoded each time they are used. Images whose short side is above KEEP_SHORT_SIDE, and above 8/7 of
-    image_size, are kept at that (and long sides at three times that). progress(total, description) gives a context with update(n).
-    UserError: an image that cannot be decoded, by name.
+    The split's store serves more than half of a split, or more than IN_MEMORY bytes. It is built if it does
+    not exist. Fewer images, and images of a dataset that is in memory, are decoded into memory. A store of
+    more than store_limit bytes is not built: its images are decoded each time they are used. Large images
+    are shrunk to a short side of KEEP_SHORT_SIDE, or 8/7 of image_size if that is more, and a long side of
+    three times that. progress(total, description) gives a context with update(n). UserError: an image
+    cannot be decoded.
     """
     keep = max(KEEP_SHORT_SIDE, (image_size or 0) * 8 // 7)
     encoded, num_images = source.encoded(split), len(source.splits[split])
@@ -115,8 +114,8 @@ def decode(
                 if bar:
                     bar.update(1)
 
-    def kept_size(cell: dict, where: str) -> tuple[int, int]:
-        return decoding.reduced_size(decoding.read_size(cell, where), keep)[::-1]
+    def kept_size(cell: dict, described_as: str) -> tuple[int, int]:
+        return decoding.reduced_size(decoding.read_size(cell, described_as), keep)[::-1]
 
     read_image = functools.partial(decoding.read_reduced, short_side=keep)
     path = store.store_path(source.splits[split], source.image_column, keep)
@@ -127,25 +126,26 @@ def decode(
             3 * sum(math.prod(size) for size in encoded.map(kept_size, sample, num_workers)) / len(sample)
         )
     if path is None or not (is_stored or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
-        pixels, where = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
+        pixels, pixel_index = store.collect(read(read_image, rows.tolist())), torch.arange(len(rows))
     elif is_stored or image_bytes * num_images <= store_limit:
         store.build(path, read(read_image, range(num_images), everywhere=True))
-        pixels, where = store.read(path), rows
+        pixels, pixel_index = store.read(path), rows
     else:
-        pixels, where = decoding.Decoder(encoded, num_workers, keep), rows
+        pixels, pixel_index = decoding.Decoder(encoded, num_workers, keep), rows
         print(
-            f"Split {split}, {image_bytes * num_images / 1e9:.3g} GB decoded, is above --store-limit: decoded as it is used",
+            f"Split {split}, {image_bytes * num_images / 1e9:.3g} GB decoded, is above --store-limit: "
+            "decoded as it is used",
             flush=True,
         )
     if isinstance(pixels, torch.Tensor):
         sizes = torch.tensor(pixels.shape[2:]).expand(len(rows), 2)
     elif isinstance(pixels, list):
-        sizes = torch.tensor([pixels[index].shape[1:] for index in where.tolist()])
+        sizes = torch.tensor([pixels[index].shape[1:] for index in pixel_index.tolist()])
     else:
         sizes = torch.tensor(list(read(kept_size, rows.tolist(), "reading sizes")))
     return Images(
         pixels,
-        where,
+        pixel_index,
         sizes,
         source.labels(split)[rows],
         rows,
@@ -155,6 +155,6 @@ def decode(
 
 
 def native_size(images: Images) -> int:
-    """The side that images have by themselves, in pixels: 224 at most, and 224 where they are not all squares of one size."""
+    """Give the side of the images in pixels, at most 224; 224 if they are not equal squares."""
     side = int(images.sizes[0, 0])
     return min(side, 224) if bool((images.sizes == side).all()) else 224

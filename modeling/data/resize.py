@@ -1,4 +1,8 @@
-"""Exact batched resampling, and normalising."""
+"""Exact resampling of a batch, and normalising.
+
+A resize is two matrix products with 14-bit weights. Their sums are integers below 2**24, which float32 holds
+exactly, in any order and on any device.
+"""
 
 import contextlib
 import math
@@ -12,10 +16,11 @@ _WEIGHT_BITS = 14
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns an image into a model's input.
+    """How an image becomes a model's input.
 
-    crop_fraction None: resize to (image_size, image_size), no crop. Else: resize the short side to image_size / crop_fraction,
-    then crop the centre. mean and std are per channel, for pixels in 0..1. interpolation: "bilinear" or "bicubic", antialiased.
+    crop_fraction None: resize to (image_size, image_size), without a crop. Else resize the short side to
+    image_size / crop_fraction and crop the centre. mean and std are per channel, for pixels in 0..1.
+    interpolation is "bilinear" or "bicubic", antialiased.
     """
 
     image_size: int
@@ -26,7 +31,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "Preprocessing":
-        """What dataclasses.asdict gave, after JSON made lists of its tuples."""
+        """Rebuild from the JSON of dataclasses.asdict, in which tuples became lists."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
     def __str__(self) -> str:
@@ -55,7 +60,10 @@ def _weights(
     num_out: int,
     interpolation: str,
 ) -> torch.Tensor:
-    """Resampling weights (B, num_out, side_in), multiples of 2**-14: row o is pixel out_offset + o of the box's `side_out` (B,)."""
+    """Give the resampling weights (B, num_out, side_in), multiples of 2**-14.
+
+    Row o makes pixel out_offset + o of the box, which is scaled to `side_out` (B,) pixels.
+    """
     start, length = start.double()[:, None, None], length.double()[:, None, None]
     ratio = length / side_out.double()[:, None, None]
     stretch = ratio.clamp(min=1)  # antialias: a wider kernel where the image shrinks
@@ -72,7 +80,7 @@ def _weights(
 
 @contextlib.contextmanager
 def _all_bits_of_float32():
-    """No TF32 inside, whatever is set outside: it has 11 bits, and the sums here need 24."""
+    """Turn TF32 off inside the block. It has 11 bits, and the sums here need 24."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -90,10 +98,11 @@ def resample(
     flip: torch.Tensor,
     interpolation: str,
 ) -> torch.Tensor:
-    """Scale a box of each image, take a square window of the result, mirror it where asked.
+    """Scale a box of each image, cut a square window from the result, and mirror it if `flip` says so.
 
-    images (B, C, H, W); on any device, boxes (B, 4) int64, top, left, height, width; scaled (B, 2), the height and width that the box is
-    scaled to; offsets (B, 2), where in that the (size, size) window starts; flip (B,) bool. Gives (B, C, size, size) float32.
+    images (B, C, H, W) and the other tensors may be on any device. boxes (B, 4) int64: top, left, height,
+    width. scaled (B, 2): height and width of the scaled box. offsets (B, 2): top left corner of the (size,
+    size) window in the scaled box. flip (B,) bool. Gives (B, C, size, size) float32.
     """
     B, C, H, W = images.shape
     boxes, scaled, offsets, flip = (
@@ -121,7 +130,11 @@ def resample(
 def resize(
     images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing, flip: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, C, H, W) uint8, each filled to its `sizes` (B, 2), on the CPU, from the top left -> (B, C, S, S), as at evaluation."""
+    """Resize (and crop) as at evaluation: (B, C, H, W) uint8 -> (B, C, S, S).
+
+    Image i fills the top left sizes[i] of its canvas. sizes (B, 2) is on the CPU. Images that have the
+    right size are not touched.
+    """
     size = prep.image_size
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
     if prep.crop_fraction is None:
@@ -146,5 +159,5 @@ def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
-    """The model's input at evaluation: (B, C, H, W) uint8 and, on the CPU, their sizes (B, 2) -> (B, C, S, S) float32."""
+    """Make the input at evaluation: (B, C, H, W) uint8, sizes (B, 2) on the CPU -> (B, C, S, S)."""
     return normalize(resize(images, sizes, prep), prep)

@@ -1,4 +1,4 @@
-"""Names, hub ids and folders -> splits and classes."""
+"""From a name, a hub id or a folder to a dataset: its splits, columns and classes."""
 
 import errno
 import glob
@@ -16,14 +16,48 @@ from modeling.data import decoding
 from modeling.errors import UserError
 from modeling.hub import download
 
-HUB_NAMES = {"stl10": "tanganke/stl10", "cifar10": "uoft-cs/cifar10"}
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset that has a short name.
+
+    hub_id is None where the dataset does not come from the hub. classes (in any order) and side (height and
+    width in pixels) are what the dataset must have. val_fraction is the default share of train for
+    validation.
+    """
+
+    name: str
+    hub_id: str | None
+    classes: tuple[str, ...]
+    side: int
+    val_fraction: float
 
 
-PROMISES = {  # classes and side of what these repositories hold, in splits train and test
-    HUB_NAMES["stl10"]: ("airplane bird car cat deer dog horse monkey ship truck".split(), 96),
-    HUB_NAMES["cifar10"]: ("airplane automobile bird cat deer dog frog horse ship truck".split(), 32),
-}
+DEFAULT_VAL_FRACTION = 0.1
 
+KNOWN = (
+    Known(
+        name="digits",
+        hub_id=None,
+        classes=tuple("0123456789"),
+        side=32,
+        val_fraction=DEFAULT_VAL_FRACTION,
+    ),
+    Known(
+        name="stl10",
+        hub_id="tanganke/stl10",
+        classes=("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
+        side=96,
+        val_fraction=0.2,
+    ),
+    Known(
+        name="cifar10",
+        hub_id="uoft-cs/cifar10",
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        side=32,
+        val_fraction=DEFAULT_VAL_FRACTION,
+    ),
+)
 
 SPLITS = ("train", "validation", "test")
 
@@ -37,18 +71,30 @@ _SPLIT_NAMES = {
 }
 
 
+def find_known(dataset: str) -> Known | None:
+    """Find a dataset in KNOWN by its short name or its hub id, with or without "@revision"."""
+    name = dataset.partition("@")[0]
+    for known in KNOWN:
+        if name in (known.name, known.hub_id):
+            return known
+    return None
+
+
 def is_stl10(dataset: str) -> bool:
-    return dataset.partition("@")[0] in ("stl10", HUB_NAMES["stl10"])
+    """Tell whether a --dataset value names STL-10, by its short name or its hub id."""
+    known = find_known(dataset)
+    return known is not None and known.name == "stl10"
 
 
 def default_val_fraction(dataset: str) -> float:
-    """The share of train that becomes validation where a dataset has none: 0.2 on STL-10, else 0.1."""
-    return 0.2 if is_stl10(dataset) else 0.1
+    """Give the share of train that becomes validation if the dataset has no validation split."""
+    known = find_known(dataset)
+    return known.val_fraction if known else DEFAULT_VAL_FRACTION
 
 
 @dataclass
 class Source:
-    """A dataset before decoding: its splits as `datasets` has them, its classes and columns, and the hub commit it came from."""
+    """A dataset before decoding: its splits, classes and columns. revision is its hub commit, or None."""
 
     name: str
     revision: str | None
@@ -58,10 +104,9 @@ class Source:
     label_column: str
 
     def labels(self, split: str) -> torch.Tensor:
-        """The class number of every row, (N,) int64. UserError: a row without a label."""
-        column = self.splits[split].data.column(
-            self.label_column
-        )  # whole splits as loaded: no row has been moved
+        """Give the class number of every row, (N,) int64. UserError: a row has no label."""
+        # The split is as it was loaded: no row has moved, so the raw table has its order.
+        column = self.splits[split].data.column(self.label_column)
         labels = torch.tensor(column.fill_null(-1).to_pylist(), dtype=torch.int64)
         if (labels < 0).any():
             raise UserError(
@@ -70,12 +115,12 @@ class Source:
         return labels
 
     def encoded(self, split: str) -> decoding.Encoded:
-        """The images of a split as they are stored."""
+        """Give the encoded images of a split."""
         return decoding.Encoded(self.splits[split], self.image_column, f"split {split} of {self.name}")
 
 
 def digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 digits as 32x32 RGB, divided 80/20 into train and test by a fixed stratified seed."""
+    """Give scikit-learn's 1,797 digits as 32x32 RGB, with a fixed 80/20 division into train and test."""
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -101,28 +146,33 @@ def digits() -> datasets.DatasetDict:
 def load_source(name: str) -> Source:
     """Load `digits`, `stl10`, `cifar10`, a local folder (parquet or ImageFolder), or a hub id.
 
-    Columns and classes are taken from the dataset's features. UserError: nothing there, no network, no images, no classes.
+    The columns and classes come from the dataset's features.
+    UserError: the dataset does not exist, there is no network, or it has no images or no classes.
     """
     if name == "digits":
         return _describe(name, digits(), revision=None)
     path = Path(name).expanduser()
-    if path.is_dir() and name not in HUB_NAMES:
-        return _describe(str(path.resolve()), _load(name, _load_folder, path.resolve()), revision=None)
     hub_id, at, revision = name.partition("@")
-    hub_id = HUB_NAMES.get(hub_id, hub_id)
+    known = find_known(hub_id)
+    is_short_name = known is not None and name == known.name
+    if path.is_dir() and not is_short_name:  # a folder called "stl10" does not hide the dataset
+        return _describe(str(path.resolve()), _load(name, _load_folder, path.resolve()), revision=None)
+    if known and known.hub_id:
+        hub_id = known.hub_id
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) or bool(at) != bool(revision):
         raise UserError(
-            f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name or owner/name@revision, or a folder that exists"
+            f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name or "
+            "owner/name@revision, or a folder that exists"
         )
     folder = download(hub_id, repo_type="dataset", revision=revision or None)
     source = _describe(hub_id, _load(hub_id, datasets.load_dataset, folder), revision=folder.name)
-    if hub_id in PROMISES:
-        _check_promise(source, *PROMISES[hub_id])
+    if known and known.hub_id:
+        _check_promise(source, known)
     return source
 
 
 def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
-    """What `loader` makes of a folder, as a DatasetDict. UserError: nothing that `datasets` can read."""
+    """Load a folder with `loader`. UserError: `datasets` cannot read it."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
@@ -136,13 +186,13 @@ def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
         ) from error
 
 
-def _check_promise(source: Source, classes: list[str], side: int) -> None:
-    """UserError: the repository that an alias names holds something else than the dataset of that name."""
+def _check_promise(source: Source, known: Known) -> None:
+    """Raise UserError if the hub repository of a known dataset holds another dataset."""
     (size,) = source.encoded(next(iter(source.splits))).map(decoding.read_size, [0], 0)
     for what, found, promised in (
-        ("classes", sorted(source.classes), sorted(classes)),
+        ("classes", sorted(source.classes), sorted(known.classes)),
         ("splits", sorted(source.splits.keys() & {"train", "test"}), ["test", "train"]),
-        ("image size", size, (side, side)),
+        ("image size", size, (known.side, known.side)),
     ):
         if found != promised:
             text = f"{source.name} at {source.revision} has the {what} {found}, where {promised} was promised"
@@ -152,16 +202,18 @@ def _check_promise(source: Source, classes: list[str], side: int) -> None:
 
 
 def _load_folder(path: str) -> datasets.DatasetDict:
-    """Parquet files as `datasets` finds them; else an ImageFolder, whose splits are its folders of those names, or all is train."""
+    """Load a folder of parquet files, or an ImageFolder if there are none.
+
+    Subfolders called train, val, test and so on are the splits of an ImageFolder. Without them all is train.
+    """
     folder = Path(path)
     if any(folder.rglob("*.parquet")):
         return datasets.load_dataset(str(folder))
     splits: dict[str, Path] = {}
     for sub in sorted(folder.iterdir()):
         name = _SPLIT_NAMES.get(sub.name.lower(), sub.name.lower())
-        if (
-            name in SPLITS and sub.is_dir() and any(child.is_dir() for child in sub.iterdir())
-        ):  # else it is a class of that name
+        # A folder called "test" without folders in it is a class, not a split.
+        if name in SPLITS and sub.is_dir() and any(child.is_dir() for child in sub.iterdir()):
             if name in splits:
                 raise UserError(
                     f"{splits[name].name} and {sub.name} are both the {name} split: rename one of them"
@@ -170,10 +222,12 @@ def _load_folder(path: str) -> datasets.DatasetDict:
     ignored = [sub.name for sub in folder.iterdir() if sub.is_dir() and sub not in splits.values()]
     if splits and ignored:
         print(
-            f"{folder}: {', '.join(sub.name for sub in splits.values())} are splits; left out: {', '.join(sorted(ignored))}"
+            f"{folder}: {', '.join(sub.name for sub in splits.values())} are splits; "
+            f"left out: {', '.join(sorted(ignored))}"
         )
     splits = splits or {"train": folder}
-    # Named one by one, for the library's own guess takes a class called "test" for a split, and [ in a path for a pattern.
+    # Name the splits one by one: the library would take a class called "test" for a split.
+    # Escape the paths: the library would take "[" for the start of a pattern.
     return datasets.load_dataset(
         "imagefolder", data_files={name: f"{glob.escape(str(sub))}/**" for name, sub in splits.items()}
     )
@@ -204,7 +258,10 @@ def _describe(name: str, loaded: datasets.DatasetDict, revision: str | None) -> 
 
 
 def stratified(labels: torch.Tensor, n: int, *keys: int) -> torch.Tensor:
-    """n positions of `labels` (N,), sorted, drawn by the keys, each class by its share (largest remainders first)."""
+    """Draw n positions of `labels` (N,), sorted. Each class gets its share of n; the keys decide the draw.
+
+    Rounding: the classes with the largest remainders get one more each.
+    """
     counts = torch.bincount(labels)
     quota = counts.double() * n / len(labels)
     take = quota.floor().long()
@@ -224,20 +281,22 @@ def select_rows(
     limit_train: int | None = None,
     limit_eval: int | None = None,
 ) -> tuple[str, torch.Tensor]:
-    """Where a split's images are: the name of the dataset's own split and the rows in it, sorted.
+    """Choose the images of a split: give the name of the dataset's split and the sorted rows in it, (N,)
+    int64.
 
-    Without a validation split of its own the dataset's train split is divided, stratified and seeded; the limits then take a
-    seeded, stratified subset. UserError: the dataset has no such split, or a part is empty.
+    If the dataset has no validation split, its train split is divided: validation takes `val_fraction`, train
+    keeps the rest. The limits then take a subset. Both choices are stratified by class and depend on the
+    seed. UserError: the dataset has no such split, or no image is left.
     """
-    own = split
+    source_split = split
     if split in source.splits:
         rows = torch.arange(len(source.splits[split]))
     elif split == "validation" and "train" in source.splits:
-        own, rows = "train", None
+        source_split, rows = "train", None
     else:
         raise UserError(f"{source.name} has no split {split!r}, only {', '.join(source.splits)}")
-    labels = source.labels(own)
-    if own == "train" and "validation" not in source.splits:
+    labels = source.labels(source_split)
+    if source_split == "train" and "validation" not in source.splits:
         chosen = stratified(labels, round(val_fraction * len(labels)), seed, randomness.SPLIT)
         kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
         rows = chosen if split == "validation" else kept
@@ -246,6 +305,7 @@ def select_rows(
         rows = rows[stratified(labels[rows], limit, seed, randomness.SUBSET)]
     if not len(rows):
         raise UserError(
-            f"split {split!r} of {source.name} is empty with --val-fraction {val_fraction}: it has {len(labels)} images"
+            f"split {split!r} of {source.name} is empty with --val-fraction {val_fraction}: "
+            f"it has {len(labels)} images"
         )
-    return own, rows
+    return source_split, rows

@@ -1,4 +1,4 @@
-"""Decoded images on disk: each split of a dataset is decoded once, into a file that all processes and runs map into memory."""
+"""Decoded images on disk. A split is decoded once, into a file that all processes map into memory."""
 
 import hashlib
 import json
@@ -21,15 +21,16 @@ Pixels = torch.Tensor | list[torch.Tensor]
 
 
 def collect(images: Iterable[Image.Image]) -> Pixels:
-    """RGB images as uint8 in memory: (N, 3, H, W), or a list of (3, H_i, W_i) where sizes differ."""
+    """Turn RGB images into uint8 (N, 3, H, W), or into a list of (3, H_i, W_i) if sizes differ."""
     pixels = [to_tensor(image) for image in images]
     return torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else pixels
 
 
 def store_path(dataset: datasets.Dataset, *content: object) -> Path | None:
-    """Where the store of a whole split stands: in the cache of `datasets`, by the split's fingerprint and what else decides its content.
+    """Give the path of a split's store in the cache of `datasets`, or None.
 
-    None: the split is in memory only, and has no lasting fingerprint.
+    The name is a hash of the split's fingerprint and of `content`, all else that decides the pixels. A
+    split that is in memory only has no lasting fingerprint.
     """
     if not dataset.cache_files:
         return None
@@ -38,7 +39,10 @@ def store_path(dataset: datasets.Dataset, *content: object) -> Path | None:
 
 
 def build(path: Path, images: Iterable[Image.Image]) -> None:
-    """Write a store, in a stream, unless it is there. One process builds and others wait; one that is killed leaves nothing that counts."""
+    """Write a store, image by image, unless it exists.
+
+    One process builds and the others wait. A killed process leaves only a folder that the next one deletes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if _is_whole(path):
@@ -70,7 +74,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def read(path: Path) -> Pixels:
-    """The store's images: as collect() gives them, but their bytes stay on disk until they are used, and may be dropped again."""
+    """Map a store into memory, in the form that collect() gives. The bytes are read when used."""
     sizes = safetensors.torch.load_file(path / "sizes.safetensors")["sizes"]
     lengths = 3 * sizes.prod(dim=1)
     flat = torch.from_file(str(path / "pixels"), shared=False, size=int(lengths.sum()), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""build_model: from a name to a module, and what its input must look like."""
+"""Build a model from its name, and find its weights and the preprocessing of its input."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ MODELS = {**FROM_SCRATCH, **PRETRAINED}
 
 
 def check_model_name(name: str) -> str:
-    """The name. UserError: unknown, with the choices."""
+    """Return the name. UserError: there is no such model; it lists the choices."""
     if name.startswith("timm/"):
         backbones.timm_name(name)
     elif name not in MODELS:
@@ -38,17 +38,18 @@ def check_model_name(name: str) -> str:
 
 
 def file_name(model: str) -> str:
-    """The model's name as file names have it: timm/NAME is timm_NAME."""
+    """Return the model's name for use in file names: timm/NAME becomes timm_NAME."""
     return model.replace("/", "_")
 
 
 def build_model(
     name: str, *, num_classes: int, image_size: int, weights: Path | None = None, **model_args: Any
 ) -> nn.Module:
-    """A model: (B, 3, image_size, image_size) float32 -> logits (B, num_classes).
+    """Build a model: images (B, 3, image_size, image_size), float32 -> logits (B, num_classes).
 
-    Its weights are drawn from torch's generator, and then, where `weights` is a safetensors file, read from that; model_args go to
-    the constructor. UserError: an unknown name, a size that the model cannot take, weights that do not fit.
+    The weights are drawn from torch's generator. If `weights` is a safetensors file, its tensors then replace
+    them. model_args go to the constructor, because each model has arguments of its own. UserError: the name
+    is unknown, the model cannot take the image size, or the weights do not fit.
     """
     check_model_name(name)
     constructor = MODELS.get(name) or functools.partial(backbones.create_backbone, name)
@@ -61,7 +62,10 @@ def build_model(
 def model_arguments(
     name: str, recipe: recipes.Recipe, *, image_size: int, patch_size: int | None, head_dropout: float | None
 ) -> dict[str, Any]:
-    """The constructor's arguments: the recipe's, then the flags. UserError: a patch size for a model without patches."""
+    """Return the constructor's arguments: the recipe's, overridden by the flags.
+
+    UserError: a patch size is given for another model than vit_scratch.
+    """
     arguments = dict(recipe.model_args)
     if name == "vit_scratch":
         arguments["patch_size"] = patch_size or recipes.default_patch_size(image_size)
@@ -73,19 +77,26 @@ def model_arguments(
 
 
 def find_weights(name: str, wanted: str = "none") -> Weights:
-    """locate_weights for any of our models."""
+    """Call locate_weights for any model that build_model knows."""
     return locate_weights(name, wanted, from_scratch=name in FROM_SCRATCH)
 
 
 def default_image_size(name: str, weights: Weights | None = None) -> int | None:
-    """The size a backbone's weights were trained at; None for a model from scratch, which takes the images' own."""
+    """Return the image size that a backbone's weights were trained at.
+
+    None: the model is trained from scratch and takes the images' own size.
+    """
     return None if name in FROM_SCRATCH else (weights or find_weights(name)).preprocessing.image_size
 
 
 def preprocessing(
     name: str, recipe: recipes.Recipe, image_size: int, weights: Weights | None = None
 ) -> Preprocessing:
-    """What the weights were trained with; for random ones, the recipe's mean and std, and no crop, or timm's record of a backbone."""
+    """Return the preprocessing that the weights were trained with, at `image_size`.
+
+    A backbone with random weights uses timm's record. A model from scratch uses the recipe's mean and std,
+    and no crop.
+    """
     own = (weights or find_weights(name)).preprocessing or Preprocessing(
         image_size=image_size, mean=recipe.mean, std=recipe.std
     )
@@ -93,6 +104,6 @@ def preprocessing(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters, and the trainable ones."""
+    """Count all parameters, and the trainable ones."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trainable in counts if trainable)

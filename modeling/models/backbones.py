@@ -1,4 +1,7 @@
-"""timm backbones: a new head, freezing, weights from the hub or a local file. timm: https://github.com/huggingface/pytorch-image-models."""
+"""timm models with a new head, and the linear probe on a frozen one.
+
+timm: https://github.com/huggingface/pytorch-image-models
+"""
 
 import difflib
 
@@ -10,7 +13,7 @@ from modeling.errors import UserError
 
 
 def timm_name(model: str) -> str:
-    """timm's name of one of our models, or of timm/NAME. UserError: timm has no such model."""
+    """Return timm's name for one of our models or for timm/NAME. UserError: timm has no such model."""
     name = {
         "resnet18": "resnet18.tv_in1k",
         "vit": "vit_tiny_patch16_224",
@@ -26,21 +29,31 @@ def timm_name(model: str) -> str:
 
 
 def pretrained_config(model: str):
-    """timm's record of a model's weights: input size, mean, std, crop fraction, interpolation, hub id."""
+    """Return timm's record of a model's weights: input size, mean, std, crop, interpolation, hub id."""
     config = timm.get_pretrained_cfg(timm_name(model))
     return config or timm.models.PretrainedCfg()
 
 
 def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropout: float = 0.0) -> nn.Module:
-    """A timm model with random weights and a head of `num_classes` (0: none, it gives features). UserError: a size it cannot take."""
-    # On a CPU two products and a softmax are faster than the fused attention, and take little memory while tokens are few.
+    """Build a timm model with random weights and a head of `num_classes` outputs.
+
+    num_classes 0 leaves the head out, so that the model returns features. UserError: the model cannot take
+    this image size.
+    """
+    # On a CPU, attention as two matrix products and a softmax is faster than fused attention. It needs more
+    # memory, but little of it for images up to 512 pixels, which have few tokens.
     timm.layers.set_fused_attn(torch.cuda.is_available() or image_size > 512)
-    kwargs = {"img_size": image_size} if pretrained_config(model).fixed_input_size else {}
+    fixed_input_size = pretrained_config(model).fixed_input_size
     try:
         backbone = timm.create_model(
-            timm_name(model), pretrained=False, num_classes=num_classes, drop_rate=head_dropout, **kwargs
+            timm_name(model),
+            pretrained=False,
+            num_classes=num_classes,
+            drop_rate=head_dropout,
+            img_size=image_size if fixed_input_size else None,  # timm drops an argument that is None
         )
         if image_size != pretrained_config(model).input_size[-1]:
+            # Some models reject a size only in the forward pass, so try one image.
             with torch.no_grad():
                 backbone.eval()(torch.zeros(1, 3, image_size, image_size))
         return backbone.train()
@@ -51,10 +64,11 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
 
 
 class ViTLinearProbe(nn.Module):
-    """A frozen ViT-Tiny and a Linear on its 192 features: images (B, 3, S, S), or features (B, 192), float -> logits (B, num_classes).
+    """A frozen ViT-Tiny and a trainable Linear on its 192 features.
 
-    The backbone gets no gradient and stays in eval mode while the probe trains; only the head is for the optimizer. With 10
-    classes 1,930 of 5,526,346 parameters are trainable. head_dropout 0.1 is the notebook's variant.
+    Input: images (B, 3, S, S) or features (B, 192), float. Output: logits (B, num_classes). The backbone gets
+    no gradient and stays in eval mode while the head trains. With 10 classes, 1,930 of 5,526,346 parameters
+    are trainable. head_dropout 0.1 is the notebook's variant.
     """
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 224, head_dropout: float = 0.0):
@@ -72,7 +86,7 @@ class ViTLinearProbe(nn.Module):
 
     @torch.no_grad()
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, S, S) -> (B, 192) float32."""
+        """Return the features (B, 192), float32, of images (B, 3, S, S)."""
         return self.backbone(x).float()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

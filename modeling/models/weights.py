@@ -1,4 +1,4 @@
-"""A model's first weights: from the hub or a file."""
+"""Find a model's initial weights, on the hub or in a file, and load them."""
 
 import json
 import sys
@@ -19,22 +19,24 @@ HUB_FILE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's first weights come from: a file or none (random), its name and hub commit, and the input that it wants."""
+    """Where a model's initial weights come from, and how its input is preprocessed."""
 
-    path: Path | None = None
-    source: str = "random"
-    revision: str | None = None
-    preprocessing: Preprocessing | None = None
+    path: Path | None = None  # None: random weights
+    source: str = "random"  # the hub repository or the file
+    revision: str | None = None  # the hub commit
+    preprocessing: Preprocessing | None = None  # None: the recipe decides
 
     def __str__(self) -> str:
         return self.source + (f" at {self.revision[:7]}" if self.revision else "")
 
 
 def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
-    """Find, and download where needed, the file that --weights means: default, none, hf-hub:ORG/NAME[@REVISION], or a file's path.
+    """Find the file that --weights names, and download it if it is on the hub.
 
-    Its preprocessing is what the file's own header says where it is a checkpoint of ours, else the repository's config.json, else
-    timm's record of the model. UserError: no such file or repository, no safetensors file in it, or one of another architecture.
+    wanted is default, none, hf-hub:ORG/NAME[@REVISION] or the path of a file. The preprocessing of one of our
+    checkpoints is in its header. That of a hub repository named with hf-hub: is in its config.json, if it has
+    one. All other weights of a backbone use timm's record. UserError: there is no such file or repository, it
+    has no safetensors file, or the weights are of another architecture.
     """
     own = None if from_scratch else _preprocessing(vars(pretrained_config(model)))
     if wanted == "none" or (wanted == "default" and from_scratch):
@@ -53,13 +55,15 @@ def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
     hub_id = pretrained_config(model).hf_hub_id if wanted == "default" else wanted.removeprefix("hf-hub:")
     if not hub_id:
         raise UserError(
-            f"timm has no hub weights for {model}: give --weights FILE.safetensors, or --weights none for random ones"
+            f"timm has no hub weights for {model}: "
+            "give --weights FILE.safetensors, or --weights none for random ones"
         )
     hub_id, _, revision = hub_id.partition("@")
     folder = download(hub_id, repo_type="model", revision=revision or None, files=[HUB_FILE, "config.json"])
     if not (folder / HUB_FILE).exists():
         raise UserError(
-            f"model {hub_id} has no {HUB_FILE}: give --weights FILE.safetensors, or --weights none for random ones"
+            f"model {hub_id} has no {HUB_FILE}: "
+            "give --weights FILE.safetensors, or --weights none for random ones"
         )
     if wanted != "default" and (folder / "config.json").exists():
         try:
@@ -71,13 +75,15 @@ def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
         architecture = config.get("architecture", "")
         if from_scratch or architecture.split(".")[0] != timm_name(model).split(".")[0]:
             raise UserError(
-                f"model {hub_id} is a {architecture or 'model of another library'}, not {model}: choose --model timm/NAME"
+                f"model {hub_id} is a {architecture or 'model of another library'}, not {model}: "
+                "choose --model timm/NAME"
             )
         own = _preprocessing(vars(pretrained_config(model)) | config.get("pretrained_cfg", {}))
     return Weights(folder / HUB_FILE, hub_id, folder.name, own)
 
 
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    """Convert timm's record of a model's weights."""
     return Preprocessing(
         image_size=config["input_size"][-1],
         mean=tuple(config["mean"]),
@@ -88,7 +94,10 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
 
 
 def head_keys(model: nn.Module) -> list[str]:
-    """The keys of the last layer, or of the two of a distilled model, whose shape follows the classes."""
+    """Return the keys of the layers whose shape depends on the number of classes.
+
+    This is the last layer, or the two heads of a distilled model.
+    """
     config = getattr(model, "pretrained_cfg", None) or {}
     heads = (
         config.get("classifier")
@@ -99,16 +108,18 @@ def head_keys(model: nn.Module) -> list[str]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a local file of timm or of ours into `model`; a head of other classes is left as it is. UserError: keys or shapes differ."""
+    """Load a local file, of timm or of this project, into `model`.
+
+    A head for another number of classes is not loaded. UserError: other keys or shapes differ.
+    """
     state, _ = read_tensors(path)
     target = model.state_dict()
     probe = isinstance(model, ViTLinearProbe)
     if not (probe and any(key.startswith("backbone.") for key in state)):
         backbone = model.backbone if probe else model
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        state = (
-            adapt(state, backbone) if adapt else state
-        )  # timm's own: fits position embeddings to another image size
+        # timm's own function. It fits the position embeddings to another image size.
+        state = adapt(state, backbone) if adapt else state
         if probe:
             state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("head.")}
     for key in head_keys(model):
@@ -122,7 +133,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ("has other shapes of", misshapen),
     ):
         if keys:
-            raise UserError(
-                f"{path} does not fit the model: it {what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
-            )
+            names = ", ".join(keys[:3]) + (" ..." if len(keys) > 3 else "")
+            raise UserError(f"{path} does not fit the model: it {what} {names}")
     model.load_state_dict(state)

@@ -1,1 +1,1 @@
-"""TODO map."""
+"""One training run: its file names, checkpoints, states, signals, logs, and how its processes start."""

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file that describes itself, written so that a kill leaves the old file or the new one, whole."""
+"""Checkpoints: one safetensors file that describes itself."""
 
 import dataclasses
 import datetime
@@ -20,23 +20,11 @@ from modeling.models import build_model
 from modeling.models.weights import Weights
 
 FORMAT_VERSION = 1
-
-
-UNRELATED_ARGUMENTS = {
-    "output_dir",
-    "num_workers",
-    "store_limit",
-    "checkpoint_every",
-    "resume",
-    "force",
-}  # they change nothing of what is computed
-
-
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def git_commit() -> str | None:
-    """The commit of this project's checkout, with -dirty where tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout, with -dirty where tracked files differ from it; None outside one."""
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -73,12 +61,16 @@ def make_header(
     dataset: dict[str, Any],
     weights: Weights,
 ) -> dict[str, Any]:
-    """What a checkpoint says of its run: build_model's arguments, class names, the resolved flags, data, first weights, versions."""
+    """What a checkpoint records of its run.
+
+    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and
+    fingerprint.
+    """
     return {
         "model": model,
         "classes": classes,
         "preprocessing": dataclasses.asdict(preprocessing),
-        "arguments": {name: value for name, value in arguments.items() if name not in UNRELATED_ARGUMENTS},
+        "arguments": arguments,
         "dataset": dataset,
         "weights": {"source": weights.source, "revision": weights.revision},
         "versions": versions(),
@@ -89,7 +81,7 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. What depends on time goes to `clock`: the rest is reproducible, bit for bit."""
+    """Write weights and a header of JSON values. Times go to `clock`; all else is reproducible."""
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
     header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -115,13 +107,14 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     header = json.loads(metadata[HEADER_KEY])
     if header["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {header['format_version']}, newer than this program's {FORMAT_VERSION}: update it"
+            f"{path} has format version {header['format_version']}, newer than this program's "
+            f"{FORMAT_VERSION}: update it"
         )
     return header
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in eval mode, rebuilt from the file alone, and the header: model, classes, preprocessing, arguments, dataset, metrics.
+    """Rebuild the model from the file alone, and return it in eval mode, with the header.
 
     UserError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
     """

@@ -41,7 +41,7 @@ class RunFiles:
         return self.output_dir / "runs" / self.run
 
     def evaluations(self) -> list["EvaluationFiles"]:
-        """What evaluate.py may have written of this run: it names files after the run or after a checkpoint."""
+        """What evaluate.py may have written of this run, named after the run or after a checkpoint."""
         traces = self.output_dir / "traces"
         return [EvaluationFiles(traces, name) for name in (self.run, self.best.stem, self.final.stem)]
 
@@ -53,7 +53,7 @@ class RunFiles:
         return paths
 
     def move_aside(self) -> Path | None:
-        """Move the files of an older run of this name to previous/{run}-{time}/. Return that folder, or None if there were none."""
+        """Move an older run's files to previous/{run}-{time}/. Return that folder, or None."""
         old_paths = [path for path in self.all() if path.exists()]
         if not old_paths:
             return None
@@ -68,7 +68,7 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """The files that evaluate.py writes for one checkpoint. `name` is the run's name, or the checkpoint's stem."""
+    """The files that evaluate.py writes for a checkpoint. `name` is the run's, or the checkpoint's stem."""
 
     folder: Path
     name: str

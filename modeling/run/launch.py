@@ -17,13 +17,12 @@ from torch.distributed import PrefixStore, TCPStore
 
 from modeling.errors import UserError
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # while one process downloads the others wait
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=2)  # while one process downloads, the others wait
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def num_cores() -> int:
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -31,33 +30,34 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) -> accelerate.Accelerator:
-    """Set the threads, join the other processes, and silence all but the main one. UserError: what this machine cannot do."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    omp = os.environ.get("OMP_NUM_THREADS")
-    if num_threads or not omp or (launched and omp == "1"):  # the launcher sets 1 where nobody chose
-        torch.set_num_threads(
-            num_threads or max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        )
+def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) -> Accelerator:
+    """Set the threads, join the other processes, and silence all but the main one.
+
+    None leaves a choice to the launcher's environment. UserError: this machine cannot do what was asked.
+    """
+    set_num_threads(num_threads)
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # a second run in one Python may choose another precision
-    # MPS lacks the float64 that we sum in: there the CPU works. Several processes without a GPU find each other only when told so.
-    on_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    if attempt and world_size > 1:
-        _join_again(attempt, world_size)
-    patience = accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)
+    torch.backends.cuda.matmul.allow_tf32 = True  # convolutions use TF32 by default, too
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if num_restarts and world_size > 1:
+        _join_again(num_restarts, world_size)
+    # MPS has no float64, in which losses are summed. Processes without a GPU find each other only with
+    # cpu=True.
+    use_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
+    # accelerate keeps its choices for the whole process. Forget them: a second run may choose another
+    # precision.
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(
-        mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience]
+        mixed_precision=mixed_precision,
+        cpu=use_cpu,
+        kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
     if accelerator.num_processes != world_size:
         raise UserError(
-            f"{world_size} processes were launched, but they do not see each other: each is one of {accelerator.num_processes}; "
-            "launch with a file of accelerate_configs/, or with torchrun"
+            f"{world_size} processes were launched, but they do not see each other: each is one of "
+            f"{accelerator.num_processes}; launch with a file of accelerate_configs/, or with torchrun"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
@@ -66,8 +66,25 @@ def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) ->
     return accelerator
 
 
+def set_num_threads(num_threads: int | None) -> None:
+    """Use `num_threads` CPU threads; None: OMP_NUM_THREADS, else this process's share of the cores."""
+    by_environment = os.environ.get("OMP_NUM_THREADS")
+    is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and by_environment == "1":  # the launcher sets 1 where nobody chose
+        by_environment = None
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    elif not by_environment:
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, num_cores() // processes_here))
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step: by default large tensors go back to the system, and come back as zeroed pages."""
+    """Let glibc keep freed memory for the next step.
+
+    By default it returns large tensors to the system, which hands them out again as zeroed pages: slow at
+    every step.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt:
@@ -76,9 +93,9 @@ def keep_freed_memory() -> None:
 
 
 def _join_again(attempt: int, world_size: int) -> None:
-    """Join the group of a restarted job under keys of its own: the launcher's store still has the addresses of the ended processes.
+    """Join the process group of a restarted job under new keys.
 
-    https://github.com/pytorch/pytorch/issues/135712
+    The launcher's store still has the addresses of the dead processes: https://github.com/pytorch/pytorch/issues/135712.
     """
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -104,27 +121,30 @@ def refuse_processes() -> None:
         )
 
 
-def precision_text(accelerator: accelerate.Accelerator) -> str:
-    """The precision, and where the hardware has fast bf16 that is off, that it has."""
-    precision, on_cpu = accelerator.mixed_precision, accelerator.device.type == "cpu"
-    capabilities = torch.cpu.get_capabilities()
-    fast = (
-        capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-        if on_cpu
-        else torch.cuda.is_bf16_supported(False)
-    )
-    hint = f" (this {'CPU' if on_cpu else 'GPU'} has fast bf16: --mixed-precision bf16)"
-    return f"precision {precision}{hint if precision == 'no' and fast else ''}"
+def precision_text(accelerator: Accelerator) -> str:
+    """The precision, with a hint where the hardware has fast bf16 that is off."""
+    precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        has_fast_bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        hardware = "CPU"
+    else:
+        has_fast_bf16 = torch.cuda.is_bf16_supported(False)
+        hardware = "GPU"
+    if precision == "no" and has_fast_bf16:
+        return f"precision no (this {hardware} has fast bf16: --mixed-precision bf16)"
+    return f"precision {precision}"
 
 
 def check_agreement(accelerator: Accelerator, content: Any) -> None:
-    """UserError: the processes do not have the same `content` (arguments, images), a value that JSON can hold."""
+    """UserError: the processes do not have the same `content` (arguments, images), a JSON value."""
     text = json.dumps(content, sort_keys=True, default=str)
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
     if len(digests.unique()) > 1:
         raise UserError(
-            "the processes were started with other arguments, or read other images: start all with the same command and data"
+            "the processes were started with other arguments, or read other images: "
+            "start all with the same command and data"
         )
 
 
@@ -142,5 +162,6 @@ def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         probe.unlink()
     if not is_seen:
         raise UserError(
-            f"--output-dir {folder} is not the folder that the main process writes: all machines must share it"
+            f"--output-dir {folder} is not the folder that the main process writes: "
+            "all machines must share it"
         )

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: all processes agree on a step, one state is saved, and the run ends with the signal's status."""
+"""Signals that ask a run to end: all processes stop after the same step, and one state is saved."""
 
 import os
 import signal
@@ -28,10 +28,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """While it is entered, SIGTERM, SIGINT and SIGUSR1 only leave a mark, which check() turns into Preempted on every process.
+    """In this block a signal only leaves a mark, which check() turns into Preempted on every process.
 
-    On Preempted it calls `save`, which every process enters, and raises KeyboardInterrupt (SIGINT) or SystemExit(143). A second
-    signal ends the process at once.
+    On Preempted it calls `save`, which every process enters, and raises KeyboardInterrupt (SIGINT) or
+    SystemExit(143). A second signal ends the process at once.
     """
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):

@@ -1,6 +1,6 @@
 """The state that a run resumes from: how far it is, and its tensors.
 
-No generator's state is saved, for every random number is a function of seed, epoch, step and image (modeling/randomness.py).
+No generator's state is saved: every random number is a function of seed, epoch, step and image.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ _KEY = "state"  # of the metadata of a state's file
 class RunState:
     """How far a run is: `step` updates are done, and `num_seen` images of epoch `epoch` (from 0) were seen.
 
-    best is the best value of the metric that chooses the best epoch, log_bytes the length of metrics.jsonl. seconds counts
-    training time. finished: no step is left, and the last epoch is recorded. test holds the metrics on test once they are known.
+    best is the best value of the metric that chooses the best epoch, log_bytes the length of metrics.jsonl.
+    seconds counts training time. finished: no step is left, and the last epoch is recorded. test holds the
+    metrics on test once they are known.
     """
 
     epoch: int = 0
@@ -112,10 +113,12 @@ class States:
         self.accelerator.wait_for_everyone()
 
     def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[RunState, torch.Tensor] | None:
-        """Load the newest whole state into model, optimizer and average; its position and this process's totals. None: there is none.
+        """Load the newest whole state into model, optimizer and average; None: there is none.
 
-        of_launcher: only one that this launcher's processes wrote. UserError: it is of a run with other arguments (unless `force`),
-        or of another model or optimizer.
+        Returns how far the run was, and this process's totals (2,).
+
+        of_launcher: only one that this launcher's processes wrote. UserError: it is of a run with other
+        arguments (unless `force`), or of another model or optimizer.
         """
         found = read_newest(self.folder, warn=self.accelerator.is_main_process)
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
@@ -130,13 +133,15 @@ class States:
         ]
         if differing and not force:
             raise UserError(
-                f"{path.parent} is of a run with other arguments: {', '.join(differing)}; give those, or --force"
+                f"{path.parent} is of a run with other arguments: {', '.join(differing)}; "
+                "give those, or --force"
             )
         if differing:
             print(f"Resuming by --force with other arguments: {', '.join(differing)}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
             raise UserError(
-                f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on from {saved['optimizer']}"
+                f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on "
+                f"from {saved['optimizer']}"
             )
         self.restored_digest = int(path.stem[-15:], 16)
         self.arguments_differ = bool(differing)
@@ -189,9 +194,10 @@ def restore_or_begin(
 ) -> tuple[RunState, torch.Tensor]:
     """Return how far the run is, and this process's totals (2,) float64 of the epoch so far.
 
-    With `resume`, or where torch elastic has restarted the job, the newest state is restored. After such a restart without
-    `resume` it must be a state of this very job, for a job that died before its first state would find an older run's.
-    Otherwise the run begins, and an older run's files are moved aside. UserError: the processes found different states.
+    With `resume`, or where torch elastic has restarted the job, the newest state is restored. After such a
+    restart without `resume` it must be a state of this very job, for a job that died before its first state
+    would find an older run's. Otherwise the run begins, and an older run's files are moved aside. UserError:
+    the processes found different states.
     """
     accelerator = states.accelerator
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -216,7 +222,8 @@ def restore_or_begin(
     else:
         if resume or is_restarted:
             print(
-                f"There is no state of {run_files.run!r} to resume in {states.folder}: starting from the beginning"
+                f"There is no state of {run_files.run!r} to resume in {states.folder}: "
+                "starting from the beginning"
             )
         if accelerator.is_main_process:
             _move_older_run_aside(run_files)
@@ -256,7 +263,8 @@ def apply_forced_arguments(
     """
     if (max_steps and run_state.step > max_steps) or run_state.epoch >= epochs:
         raise UserError(
-            f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: give a longer run than that"
+            f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: "
+            "give a longer run than that"
         )
     is_longer = run_state.step < max_steps if max_steps else run_state.epoch + 1 < epochs
     if run_state.finished and arguments_differ and is_longer:
@@ -268,7 +276,8 @@ def apply_forced_arguments(
             totals.zero_()
     if run_state.num_seen % batch_size and run_state.num_seen < num_train_images:
         raise UserError(
-            f"the state has seen {run_state.num_seen} images of its epoch, not a multiple of --batch-size {batch_size}"
+            f"the state has seen {run_state.num_seen} images of its epoch, "
+            f"not a multiple of --batch-size {batch_size}"
         )
 
 
@@ -281,7 +290,10 @@ def list_states(folder: Path) -> list[Path]:
 def read_newest(
     folder: Path, *, warn: bool = True
 ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Path, tensors and header of the newest state whose content has its checksum; a broken one is passed over with a warning."""
+    """Return path, tensors and header of the newest state whose content has its checksum.
+
+    A broken state is passed over with a warning. None: there is no whole state.
+    """
     for path in list_states(folder):
         content = path.read_bytes()
         if path.stem.endswith(_digest(content)):

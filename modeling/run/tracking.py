@@ -7,16 +7,16 @@ from pathlib import Path
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-HISTOGRAM_SAMPLE = (
-    100_000  # of larger tensors every n-th value is drawn: 51 million take seconds and look the same
-)
+# A histogram of a larger tensor takes every n-th value: 51 million values take seconds and look the same.
+HISTOGRAM_SAMPLE = 100_000
 
 
 class Tracker:
     """Writes to a run's folder; on all but the main process it writes nothing.
 
-    metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs write equal files.
-    A resumed run goes on after the first `log_bytes` of it, and TensorBoard forgets what it has from `first_step` on.
+    metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs
+    write equal files. A resumed run goes on after the first `log_bytes` of it, and TensorBoard forgets what
+    it has from `first_step` on.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, first_step: int = 0, log_bytes: int = 0):
@@ -28,7 +28,7 @@ class Tracker:
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """A line of metrics.jsonl, and a TensorBoard scalar for each value: train_loss is loss/train, beside loss/validation."""
+        """Write a line of metrics.jsonl, and a TensorBoard scalar a value: train_loss is loss/train."""
         if not self.enabled:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
