@@ -2,6 +2,7 @@
 
 The hour: read train.py, then these files in this order, and you have read the whole method.
 
+setup             from flags to all that the loop works with;  progression: what changes while it runs
 recipes           one recipe for each model and size; resolve() turns flags and recipe into frozen Settings
 data/batches      the steps of an epoch, the micro-batches of a step
 data/augment      augmentation, mixup and CutMix, as functions of seed, epoch and image
