@@ -24,10 +24,10 @@ from modeling.data.batches import training_steps
 from modeling.data.sources import stratified
 from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression
-from modeling.recipes import Settings
 from modeling.run import checkpoint, preemption, state
 from modeling.run.launch import make_accelerator
 from modeling.sanity import sanity_check
+from modeling.settings import Settings
 from modeling.setup import Run, describe, set_up
 
 CHECK_EVERY = 20  # steps between looks at the guard against non-finite losses: each look waits for the device

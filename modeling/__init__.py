@@ -2,8 +2,7 @@
 
 The hour: read train.py, then these files in this order, and you have read the whole method.
 
-setup             from flags to all that the loop works with;  progression: what changes while it runs
-recipes           one recipe for each model and size; resolve() turns flags and recipe into frozen Settings
+recipes           one recipe for each model and size
 data/batches      the steps of an epoch, the micro-batches of a step
 data/augment      augmentation, mixup and CutMix, as functions of seed, epoch and image
 engine            train_step, predict and evaluate_model: the numeric path
@@ -13,6 +12,8 @@ models/cnn, vit   SimpleCNN and SimpleViT, plain modules
 
 The machinery:
 
+setup, settings   from flags to frozen Settings, and to all that the loop works with
+progression       what changes while a run goes on
 data/             sources (names and folders -> splits and classes), images (which images, where their
                   pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU

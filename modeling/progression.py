@@ -6,8 +6,8 @@ import torch
 
 from modeling import features, models
 from modeling.progress import Progress
-from modeling.recipes import MAY_DIFFER
 from modeling.run import state, tracking
+from modeling.settings import MAY_DIFFER
 from modeling.setup import Run
 
 EVAL_BATCH_SIZE = 64  # images

@@ -17,10 +17,10 @@ from modeling.errors import UserError
 from modeling.models.weights import Weights
 from modeling.optim import Ema, build_optimizer, learning_rate
 from modeling.progress import Progress
-from modeling.recipes import MAY_DIFFER, Settings
 from modeling.run import checkpoint
 from modeling.run.files import RunFiles
 from modeling.run.launch import check_agreement, check_shared_folder, precision_text
+from modeling.settings import MAY_DIFFER, Settings, resolve
 
 
 def load_images(
@@ -134,7 +134,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator) -> Run:
     raw_model = models.build_model(**model_args, weights=weights.path)
 
     # Settings: from here on the flags are not read any more.
-    settings = recipes.resolve(
+    settings = resolve(
         flags,
         recipe,
         run_name=files.run,

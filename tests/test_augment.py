@@ -14,8 +14,6 @@ from modeling.data.augment import (
     _PAD_Y,
     _RANDAUGMENT,
     AUGMENT_SETS,
-    Draws,
-    _randaugment_ops,
     augment,
     color_jitter,
     padded_crop,
@@ -23,7 +21,9 @@ from modeling.data.augment import (
     random_crop_boxes,
     rotate,
 )
+from modeling.data.randaugment import _randaugment_ops
 from modeling.data.resize import Preprocessing, resample
+from modeling.randomness import Draws
 
 HALF = (0.5, 0.5, 0.5)
 
