@@ -12,16 +12,14 @@ from modeling.data.augment import (
     _JITTER,
     _PAD_X,
     _PAD_Y,
-    _RANDAUGMENT,
     AUGMENT_SETS,
     augment,
     color_jitter,
     padded_crop,
-    randaugment,
     random_crop_boxes,
     rotate,
 )
-from modeling.data.randaugment import _randaugment_ops
+from modeling.data.randaugment import _RANDAUGMENT, _randaugment_ops, randaugment
 from modeling.data.resize import Preprocessing, resample
 from modeling.randomness import Draws
 
