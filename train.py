@@ -41,7 +41,7 @@ from modeling.models.weights import Weights
 from modeling.optim import Ema, build_optimizer, learning_rate
 from modeling.progress import Progress
 from modeling.recipes import MAY_DIFFER, Settings
-from modeling.run import checkpoint, preemption, state, tracking
+from modeling.run import checkpoint, lock, preemption, state, tracking
 from modeling.run.files import RunFiles
 from modeling.run.launch import check_agreement, check_shared_folder, make_accelerator, precision_text
 from modeling.sanity import sanity_check
@@ -307,14 +307,9 @@ class Run:
         )
 
 
-def set_up(args: argparse.Namespace, accelerator: Accelerator) -> Run:
+def set_up(args: argparse.Namespace, accelerator: Accelerator, files: RunFiles) -> Run:
     """Turn flags into settings, images, a model and an optimizer, and prepare these for the hardware."""
     # Data: the model's weights decide the image size, which decides how large the images are kept.
-    files = RunFiles(
-        args.output_dir, models.file_name(args.model) if args.run_name is None else args.run_name
-    )
-    if not args.sanity_check:
-        cli.check_output_dir(args.output_dir, "checkpoints", "runs")
     weights = models.find_weights(args.model, args.weights)
     image_size = args.image_size or models.default_image_size(args.model, weights)
     source = load_source(args.dataset)
@@ -495,7 +490,7 @@ def check_sanity(run: Run, num_batches: int) -> dict[str, Any]:
 class Progression:
     """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, run_lock: lock.Lock):
         settings = run.settings
         arguments = {
             name: value for name, value in settings.recorded().items() if not may_differ_on_resume(name)
@@ -503,6 +498,7 @@ class Progression:
         arguments["training images"] = run.header["dataset"]["train_sha256"][:8]
         arguments["model"] = run.header["model"]
         self.run = run
+        self.lock = run_lock
         self.states = state.States(
             run.files.states,
             accelerator=run.accelerator,
@@ -542,6 +538,7 @@ class Progression:
     def save(self) -> None:
         """Save a state to resume from. All processes call this; the main one writes."""
         self.run.guard.check()  # a state with a loss that was not finite is worth nothing
+        self.lock.check()
         self.state.log_bytes = self.tracker.flush()
         self.state.seconds = time.monotonic() - self.started
         self.states.save(self.state, self.totals)
@@ -654,6 +651,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
         is_best, is_last = judge_epoch(settings, current, epoch, scores)
         header = run.header | {"epoch": epoch + 1, "step": current.step, "metrics": scores}
         clock = {"train_seconds": time.monotonic() - now.started}
+        now.lock.check()
         if is_best and run.accelerator.is_main_process:
             checkpoint.save_checkpoint(run.files.best, run.raw_model.state_dict(), header, clock)
         if is_last and run.accelerator.is_main_process:
@@ -717,18 +715,28 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
 
 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    """The driver: set up, train and validate epoch by epoch, test. Returns what train_model documents."""
+    """The driver: check, set up, train. Returns what train_model documents."""
     models.check_model_name(args.model)
-
-    # ---- Set-up: every image is decoded and every setting resolved before the first step.
+    run_name = models.file_name(args.model) if args.run_name is None else args.run_name
+    files = RunFiles(args.output_dir, run_name)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
-    run = set_up(args, accelerator)
     if args.sanity_check:
-        return check_sanity(run, args.num_batches)
+        return check_sanity(set_up(args, accelerator, files), args.num_batches)
+    cli.check_output_dir(args.output_dir, "checkpoints", "runs")
+    with lock.hold_run(accelerator, files) as run_lock:
+        return train(args, accelerator, files, run_lock)
+
+
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, files: RunFiles, run_lock: lock.Lock
+) -> dict[str, Any]:
+    """Set up, train and validate epoch by epoch, test. Returns what train_model documents."""
+    # ---- Set-up: every image is decoded and every setting resolved before the first step.
+    run = set_up(args, accelerator, files)
     print(describe(run), flush=True)
 
     # ---- Begin or resume: a resumed run ends bitwise as if it had never stopped.
-    now = Progression(run)
+    now = Progression(run, run_lock)
 
     # ---- The loop: a signal only leaves a mark, so that all processes stop after the same step.
     with preemption.Preemption(accelerator, now.save) as signals:
