@@ -18,13 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
+
 from modeling import cli, models, randomness
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
 from modeling.data.sources import stratified
 from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression
-from modeling.run import checkpoint, preemption, state
+from modeling.run import checkpoint, lock, preemption, state
+from modeling.run.files import RunFiles
 from modeling.run.launch import make_accelerator
 from modeling.sanity import sanity_check
 from modeling.settings import Settings
@@ -43,7 +46,11 @@ def build_parser() -> cli.Parser:
     add("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
     add("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a folder (default: stl10)")
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
-    add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes (the recipe's)")
+    add(
+        "--batch-size",
+        type=cli.POSITIVE_INT,
+        help="images an update, over all processes (default: the recipe's)",
+    )
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     add("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
@@ -64,22 +71,19 @@ def build_parser() -> cli.Parser:
     add("--gradient-accumulation-steps", type=cli.POSITIVE_INT, default=1, help="micro-batches (default: 1)")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--weights",
-        default="default",
-        help="default (the hub's), none, hf-hub:ORG/NAME or a file",
-    )
+    add("--weights", default="default", help="default (the hub's), none, hf-hub:ORG/NAME or a file")
     add("--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: see docs/models.md)")
-    add("--patch-size", type=cli.POSITIVE_INT, help="vit_scratch's, in pixels (default: 4 to 64 px, 8, 16)")
+    add("--patch-size", type=cli.POSITIVE_INT, help="of vit_scratch (default: 4, 8 or 16 px, by image size)")
     add("--head-dropout", type=cli.SHARE, help="dropout before the last layer (default: the model's)")
-    add("--feature-views", type=cli.NUM_WORKERS, metavar="K", help="vit: keep features of K views (0: none)")
+    add(
+        "--feature-views",
+        type=cli.NUM_WORKERS,
+        metavar="K",
+        help="vit: views that are kept (0: one an epoch)",
+    )
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--val-fraction",
-        type=cli.FRACTION,
-        help="share of train for validation (0.1; stl10 0.2)",
-    )
+    add("--val-fraction", type=cli.FRACTION, help="share of train for validation (0.1; stl10 0.2)")
     add("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
     add("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on subsets of N images")
 
@@ -92,12 +96,7 @@ def build_parser() -> cli.Parser:
 
     add = parser.add_argument_group("selection and checks").add_argument
     add("--best-metric", choices=tuple(BEST_METRICS), default="accuracy", help="(default: accuracy)")
-    add(
-        "--early-stop",
-        type=cli.POSITIVE_INT,
-        metavar="EPOCHS",
-        help="stop after so many without a best",
-    )
+    add("--early-stop", type=cli.POSITIVE_INT, metavar="EPOCHS", help="stop after so many without a best")
     add("--sanity-check", action="store_true", help="only see whether the model can overfit a few batches")
     add("--num-batches", type=cli.POSITIVE_INT, default=5, help="batches of --sanity-check (default: 5)")
     add("--compile", action="store_true", help="compile the model with torch.compile")
@@ -209,6 +208,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
         is_best, is_last = judge_epoch(settings, current, epoch, scores)
         header = run.header | {"epoch": epoch + 1, "step": current.step, "metrics": scores}
         clock = {"train_seconds": time.monotonic() - now.started}
+        now.lock.check()
         if is_best and run.accelerator.is_main_process:
             checkpoint.save_checkpoint(run.files.best, run.raw_model.state_dict(), header, clock)
         if is_last and run.accelerator.is_main_process:
@@ -272,18 +272,28 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
 
 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    """The driver: set up, train and validate epoch by epoch, test. Returns what train_model documents."""
+    """Check the flags, lock the run's files, and train. Returns what train_model documents."""
     models.check_model_name(args.model)
-
-    # ---- Set-up: every image is decoded and every setting resolved before the first step.
+    run_name = models.file_name(args.model) if args.run_name is None else args.run_name
+    files = RunFiles(args.output_dir, run_name)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
-    run = set_up(vars(args), accelerator)
     if args.sanity_check:
-        return check_sanity(run, args.num_batches)
+        return check_sanity(set_up(vars(args), accelerator, files), args.num_batches)
+    cli.check_output_dir(args.output_dir, "checkpoints", "runs")
+    with lock.hold_run(accelerator, files) as run_lock:
+        return train(args, accelerator, files, run_lock)
+
+
+def train(
+    args: argparse.Namespace, accelerator: Accelerator, files: RunFiles, run_lock: lock.Lock
+) -> dict[str, Any]:
+    """The driver: set up, train and validate epoch by epoch, test."""
+    # ---- Set-up: every image is decoded and every setting resolved before the first step.
+    run = set_up(vars(args), accelerator, files)
     print(describe(run), flush=True)
 
     # ---- Begin or resume: a resumed run ends bitwise as if it had never stopped.
-    now = Progression(run)
+    now = Progression(run, run_lock)
 
     # ---- The loop: a signal only leaves a mark, so that all processes stop after the same step.
     with preemption.Preemption(accelerator, now.save) as signals:

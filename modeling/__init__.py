@@ -18,8 +18,9 @@ data/             sources (names and folders -> splits and classes), images (whi
                   pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
-run/              files (every file name of a run), checkpoint, state (to resume from), preemption (signals),
-                  tracking (TensorBoard and metrics.jsonl), launch (processes, threads, precision)
+run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
+                  preemption (signals), tracking (TensorBoard and metrics.jsonl), launch (processes, threads,
+                  precision)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
 sanity            can the model overfit a few batches?

@@ -6,7 +6,7 @@ import torch
 
 from modeling import features, models
 from modeling.progress import Progress
-from modeling.run import state, tracking
+from modeling.run import lock, state, tracking
 from modeling.settings import MAY_DIFFER
 from modeling.setup import Run
 
@@ -16,7 +16,7 @@ EVAL_BATCH_SIZE = 64  # images
 class Progression:
     """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, run_lock: lock.Lock):
         settings = run.settings
         arguments = {
             name: value for name, value in settings.recorded().items() if not may_differ_on_resume(name)
@@ -24,6 +24,7 @@ class Progression:
         arguments["training images"] = run.header["dataset"]["train_sha256"][:8]
         arguments["model"] = run.header["model"]
         self.run = run
+        self.lock = run_lock
         self.states = state.States(
             run.files.states,
             accelerator=run.accelerator,
@@ -63,6 +64,7 @@ class Progression:
     def save(self) -> None:
         """Save a state to resume from. All processes call this; the main one writes."""
         self.run.guard.check()  # a state with a loss that was not finite is worth nothing
+        self.lock.check()
         self.state.log_bytes = self.tracker.flush()
         self.state.seconds = time.monotonic() - self.started
         self.states.save(self.state, self.totals)

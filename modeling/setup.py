@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from modeling import cli, models, randomness, recipes
+from modeling import models, randomness, recipes
 from modeling.data.images import Images, decode, native_size
 from modeling.data.sources import Source, default_val_fraction, is_stl10, load_source, select_rows
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
@@ -97,18 +97,12 @@ class Run:
         )
 
 
-def set_up(flags: Mapping[str, Any], accelerator: Accelerator) -> Run:
+def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) -> Run:
     """Turn parsed flags into settings, images, a model and an optimizer, and prepare these for the hardware.
 
     `flags` maps each flag of train.py to its value, None where it was not given.
     """
     # Data: the model's weights decide the image size, which decides how large the images are kept.
-    files = RunFiles(
-        flags["output_dir"],
-        models.file_name(flags["model"]) if flags["run_name"] is None else flags["run_name"],
-    )
-    if not flags["sanity_check"]:
-        cli.check_output_dir(flags["output_dir"], "checkpoints", "runs")
     weights = models.find_weights(flags["model"], flags["weights"])
     image_size = flags["image_size"] or models.default_image_size(flags["model"], weights)
     source = load_source(flags["dataset"])
