@@ -46,11 +46,7 @@ def build_parser() -> cli.Parser:
     add("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
     add("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a folder (default: stl10)")
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
-    add(
-        "--batch-size",
-        type=cli.POSITIVE_INT,
-        help="images an update, over all processes (default: the recipe's)",
-    )
+    add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     add("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
@@ -75,12 +71,7 @@ def build_parser() -> cli.Parser:
     add("--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: see docs/models.md)")
     add("--patch-size", type=cli.POSITIVE_INT, help="of vit_scratch (default: 4, 8 or 16 px, by image size)")
     add("--head-dropout", type=cli.SHARE, help="dropout before the last layer (default: the model's)")
-    add(
-        "--feature-views",
-        type=cli.NUM_WORKERS,
-        metavar="K",
-        help="vit: views that are kept (0: one an epoch)",
-    )
+    add("--feature-views", type=cli.NUM_WORKERS, metavar="K", help="vit: views to keep (0: one an epoch)")
 
     add = parser.add_argument_group("data").add_argument
     add("--val-fraction", type=cli.FRACTION, help="share of train for validation (0.1; stl10 0.2)")
