@@ -2,7 +2,7 @@
 
 The hour: read train.py, then these files in this order, and you have read the whole method.
 
-recipes           one recipe for each model and size; resolve() turns flags and recipe into frozen Settings
+recipes           one recipe for each model and size
 data/batches      the steps of an epoch, the micro-batches of a step
 data/augment      augmentation, mixup and CutMix, as functions of seed, epoch and image
 engine            train_step, predict and evaluate_model: the numeric path
@@ -12,12 +12,15 @@ models/cnn, vit   SimpleCNN and SimpleViT, plain modules
 
 The machinery:
 
+setup, settings   from flags to frozen Settings, and to all that the loop works with
+progression       what changes while a run goes on
 data/             sources (names and folders -> splits and classes), images (which images, where their
                   pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
-run/              files (every file name of a run), checkpoint, state (to resume from), preemption (signals),
-                  tracking (TensorBoard and metrics.jsonl), launch (processes, threads, precision)
+run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
+                  preemption (signals), tracking (TensorBoard and metrics.jsonl), launch (processes, threads,
+                  precision)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
 sanity            can the model overfit a few batches?

@@ -77,6 +77,7 @@ POSITIVE = number(low=0, open_low=True)
 NON_NEGATIVE = number(low=0)
 SEED = number(int, low=0, high=2**31 - 1)
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
+SHARE = number(low=0, high=1, open_high=True)
 
 
 def add_hardware_group(parser: Parser) -> None:

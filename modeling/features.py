@@ -25,7 +25,7 @@ from modeling.models.backbones import ViTLinearProbe
 
 # The source files that decide what a view and its features are. A change of one makes the kept features
 # stale.
-_CODE = ("data/augment.py", "data/resize.py", "randomness.py", "models/backbones.py")
+_CODE = ("data/augment.py", "data/randaugment.py", "data/resize.py", "randomness.py", "models/backbones.py")
 
 
 class FeatureViews:

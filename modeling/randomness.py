@@ -60,3 +60,19 @@ def permutation(n: int, *keys: int) -> torch.Tensor:
 def seed(*keys: int) -> int:
     """Return a non-negative 63-bit seed for another library's generator."""
     return int(_shift_right(bits(*keys), 1))
+
+
+class Draws:
+    """Uniform float32 numbers in [0, 1) for the images of one batch.
+
+    draws(n) gives number n of each image, (B,). draws(n, count) gives numbers n to n + count - 1, (B, count).
+    They are drawn on the CPU, so that a choice that depends on them never waits for the device.
+    """
+
+    def __init__(self, seed: int, epoch: int, indices: torch.Tensor):
+        self.keys, self.indices = (seed, AUGMENT, epoch), indices
+
+    def __call__(self, draw: int, count: int | None = None) -> torch.Tensor:
+        if count is None:
+            return uniform(*self.keys, self.indices, draw)
+        return uniform(*self.keys, self.indices[:, None], torch.arange(draw, draw + count))

@@ -12,18 +12,16 @@ from modeling.data.augment import (
     _JITTER,
     _PAD_X,
     _PAD_Y,
-    _RANDAUGMENT,
     AUGMENT_SETS,
-    Draws,
-    _randaugment_ops,
     augment,
     color_jitter,
     padded_crop,
-    randaugment,
     random_crop_boxes,
     rotate,
 )
+from modeling.data.randaugment import _RANDAUGMENT, _randaugment_ops, randaugment
 from modeling.data.resize import Preprocessing, resample
+from modeling.randomness import Draws
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, assert_refused, call, command, make_image_folder, newest_step, scripts
+from conftest import ROOT, assert_refused, call, command, make_image_folder, newest_step
 
-from modeling import features
+from modeling import features, models, progression
 from modeling.data import decoding
 from modeling.data.images import Images
 from modeling.data.resize import Preprocessing
@@ -68,7 +68,7 @@ def test_as_many_views_as_epochs_are_bitwise_the_head_without_a_cache(
     cached = train(tmp_path / "cached", *flags, "--feature-views", 3)
     assert len(list(cache.glob("*/view_*"))) == 3
     one_each = train(tmp_path / "one_each", *flags, "--feature-views", 0)  # reads what the first wrote
-    monkeypatch.setattr(scripts.train, "open_features", lambda run: None)
+    monkeypatch.setattr(progression, "open_features", lambda run: None)
     plain = train(tmp_path / "plain", *flags)
     assert same(cached, plain) and same(one_each, plain)
     assert not torch.equal(cached[0][0], torch.zeros_like(cached[0][0]))
@@ -160,7 +160,7 @@ def test_features_are_of_the_backbone_that_was_resumed(tmp_path, cache):
     weights = tmp_path / "weights.safetensors"
     for seed in (0, 1):
         torch.manual_seed(seed)
-        model = scripts.train.models.build_model("vit", num_classes=10, image_size=32)
+        model = models.build_model("vit", num_classes=10, image_size=32)
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
         safetensors.torch.save_file(state, tmp_path / f"{seed}.safetensors")
     flags = ("--weights", weights, "--epochs", 3, "--feature-views", 3)
@@ -177,7 +177,7 @@ def test_features_are_of_the_backbone_that_was_resumed(tmp_path, cache):
 
 
 def test_other_preprocessing_code_or_images_have_other_features(tmp_path, cache, monkeypatch):
-    model, rows = scripts.train.models.build_model("vit", num_classes=2, image_size=32), torch.arange(3)
+    model, rows = models.build_model("vit", num_classes=2, image_size=32), torch.arange(3)
 
     def folder(mean=0.5, origin="a", pixel=0):
         images = Images(
@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, cache):
 
 
 def test_an_image_that_only_fills_up_a_batch_is_not_kept(tmp_path, cache):
-    model = scripts.train.models.build_model("vit", num_classes=2, image_size=32)
+    model = models.build_model("vit", num_classes=2, image_size=32)
     images = Images(
         torch.zeros(3, 3, 32, 32, dtype=torch.uint8),
         torch.arange(3),

@@ -18,7 +18,7 @@ from conftest import DATA, ROOT, assert_refused, call, newest_step, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling import engine, files
-from modeling.run import checkpoint, state
+from modeling.run import checkpoint, state, tracking
 from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
@@ -160,8 +160,8 @@ MOMENTS = {
     "in the test": (scripts.train, "evaluate_model", 4, False),
     "before the best checkpoint": (checkpoint, "save_checkpoint", 2, False),
     "after the best checkpoint": (checkpoint, "save_checkpoint", 2, True),
-    "after the record": (scripts.train.tracking.Tracker, "record", 2, True),
-    "after the record of the test": (scripts.train.tracking.Tracker, "record", 4, True),
+    "after the record": (tracking.Tracker, "record", 2, True),
+    "after the record of the test": (tracking.Tracker, "record", 4, True),
     "before a state": (state.States, "save", 5, False),
     "after a state": (state.States, "save", 5, True),
     "while a state is written": (files.os, "fsync", 10, False),

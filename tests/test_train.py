@@ -11,6 +11,7 @@ import torch
 from conftest import TINY, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modeling import setup
 from modeling.data import decoding
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
@@ -383,7 +384,7 @@ def test_reference_on_stl10_is_224_pixels():
     two = torch.arange(2)
     images = Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
 
-    choose = scripts.train.choose_image_size
+    choose = setup.choose_image_size
     assert choose(recipe="tuned", dataset="stl10", images=images) == 96
     assert choose(recipe="reference", dataset="elsewhere/x", images=images) == 96
     assert choose(recipe="reference", dataset="stl10", images=images) == 224

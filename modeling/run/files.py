@@ -40,6 +40,12 @@ class RunFiles:
         """The folder of TensorBoard's events and metrics.jsonl."""
         return self.output_dir / "runs" / self.run
 
+    @property
+    def locks(self) -> list[Path]:
+        """The lock files of the run. Each of its folders has one, because a folder may be a link."""
+        folders = {(self.output_dir / name).resolve() for name in ("checkpoints", "runs")}
+        return [folder / f".{self.run}.lock" for folder in sorted(folders)]
+
     def evaluations(self) -> list["EvaluationFiles"]:
         """What evaluate.py may have written of this run, named after the run or after a checkpoint."""
         traces = self.output_dir / "traces"

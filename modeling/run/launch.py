@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch.distributed import PrefixStore, TCPStore
 
 from modeling.errors import UserError
@@ -134,6 +136,20 @@ def precision_text(accelerator: Accelerator) -> str:
     if precision == "no" and has_fast_bf16:
         return f"precision no (this {hardware} has fast bf16: --mixed-precision bf16)"
     return f"precision {precision}"
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
+    """Call `action` on the main process. UserError on every process: it had one there."""
+    messages: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except UserError as error:
+            messages = [str(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(messages)
+    if messages[0] is not None:
+        raise UserError(messages[0])
 
 
 def check_agreement(accelerator: Accelerator, content: Any) -> None:

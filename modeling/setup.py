@@ -1,0 +1,254 @@
+"""From flags to all that the training loop works with: settings, images, a prepared model."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from modeling import models, randomness, recipes
+from modeling.data.images import Images, decode, native_size
+from modeling.data.sources import Source, default_val_fraction, is_stl10, load_source, select_rows
+from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
+from modeling.errors import UserError
+from modeling.models.weights import Weights
+from modeling.optim import Ema, build_optimizer, learning_rate
+from modeling.progress import Progress
+from modeling.run import checkpoint
+from modeling.run.files import RunFiles
+from modeling.run.launch import check_agreement, check_shared_folder, precision_text
+from modeling.settings import MAY_DIFFER, Settings, resolve
+
+
+def load_images(
+    source: Source, flags: Mapping[str, Any], *, image_size: int | None, val_fraction: float
+) -> dict[str, Images]:
+    """Decode every image that the run will use. image_size: the input side in pixels, if known."""
+    splits = ["train"]
+    if not flags["sanity_check"]:
+        splits += ["validation", *(["test"] if "test" in source.splits else [])]
+    images = {}
+    for split in splits:
+        source_split, rows = select_rows(
+            source,
+            split,
+            val_fraction=val_fraction,
+            seed=flags["seed"],
+            limit_train=flags["limit_train"],
+            limit_eval=flags["limit_eval"],
+        )
+        images[split] = decode(
+            source,
+            source_split,
+            rows,
+            image_size=image_size,
+            num_workers=flags["num_workers"],
+            store_limit=1e9 * flags["store_limit"],
+            progress=Progress,
+        )
+    return images
+
+
+def warn_of_untrained_classes(source: Source, train: Images) -> None:
+    trained = set(train.labels.tolist())
+    untrained = [repr(name) for number, name in enumerate(source.classes) if number not in trained]
+    if untrained:
+        more = " ..." if len(untrained) > 5 else ""
+        print(f"No training image has the class {', '.join(untrained[:5])}{more}.")
+
+
+def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
+    """The input side of a model from scratch: the images' own, but 224 px for reference recipes on STL-10."""
+    return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
+
+
+@dataclass
+class Run:
+    """One training run. raw_model is the model without DDP and compilation; both share their weights."""
+
+    settings: Settings
+    step_settings: StepSettings
+    accelerator: Accelerator
+    images: dict[str, Images]
+    weights: Weights
+    model: torch.nn.Module
+    raw_model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+    guard: NonFiniteGuard
+    header: dict[str, Any]
+    files: RunFiles
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self.images["train"])
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of update number `step` (from 0)."""
+        return learning_rate(
+            step,
+            base=self.settings.lr,
+            total_steps=self.settings.total_steps,
+            warmup_steps=round(self.settings.warmup_epochs * self.settings.steps_per_epoch),
+            schedule=self.settings.schedule,
+        )
+
+
+def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) -> Run:
+    """Turn parsed flags into settings, images, a model and an optimizer, and prepare these for the hardware.
+
+    `flags` maps each flag of train.py to its value, None where it was not given.
+    """
+    # Data: the model's weights decide the image size, which decides how large the images are kept.
+    weights = models.find_weights(flags["model"], flags["weights"])
+    image_size = flags["image_size"] or models.default_image_size(flags["model"], weights)
+    source = load_source(flags["dataset"])
+    val_fraction = flags["val_fraction"] or default_val_fraction(flags["dataset"])
+    images = load_images(source, flags, image_size=image_size, val_fraction=val_fraction)
+    warn_of_untrained_classes(source, images["train"])
+    image_size = image_size or choose_image_size(
+        recipe=flags["recipe"], dataset=flags["dataset"], images=images["train"]
+    )
+
+    # Model: its first weights are a function of the seed alone.
+    recipe = recipes.get_recipe(flags["model"], image_size, flags["recipe"])
+    model_args = models.model_arguments(
+        flags["model"],
+        recipe,
+        image_size=image_size,
+        patch_size=flags["patch_size"],
+        head_dropout=flags["head_dropout"],
+    )
+    model_args |= {"name": flags["model"], "num_classes": len(source.classes), "image_size": image_size}
+    use_deterministic_algorithms(flags["deterministic"])
+    torch.manual_seed(randomness.seed(flags["seed"], randomness.INIT))
+    raw_model = models.build_model(**model_args, weights=weights.path)
+
+    # Settings: from here on the flags are not read any more.
+    settings = resolve(
+        flags,
+        recipe,
+        run_name=files.run,
+        image_size=image_size,
+        model_args=model_args,
+        val_fraction=val_fraction,
+        num_train_images=len(images["train"]),
+        is_linear_probe=isinstance(raw_model, models.ViTLinearProbe),
+        mixed_precision=accelerator.mixed_precision,
+        num_threads=torch.get_num_threads(),
+    )
+    if settings.batch_size < accelerator.num_processes:
+        raise UserError(
+            f"--batch-size {settings.batch_size} is the batch of all {accelerator.num_processes} processes: "
+            "give each an image"
+        )
+    step_settings = StepSettings(
+        preprocessing=models.preprocessing(flags["model"], recipe, image_size, weights),
+        augment=settings.augment,
+        label_smoothing=settings.label_smoothing,
+        mixup=settings.mixup,
+        cutmix=settings.cutmix,
+        clip_grad=settings.clip_grad,
+        seed=settings.seed,
+    )
+    fingerprint = images["train"].fingerprint()
+    same_everywhere = {name: value for name, value in flags.items() if not may_differ_between_processes(name)}
+    check_agreement(accelerator, [same_everywhere, fingerprint, model_args])
+    if not flags["sanity_check"]:
+        check_shared_folder(accelerator, flags["output_dir"])
+
+    return prepare_run(
+        settings,
+        step_settings,
+        accelerator,
+        source=source,
+        images=images,
+        fingerprint=fingerprint,
+        weights=weights,
+        raw_model=raw_model,
+        files=files,
+    )
+
+
+def prepare_run(
+    settings: Settings,
+    step_settings: StepSettings,
+    accelerator: Accelerator,
+    *,
+    source: Source,
+    images: dict[str, Images],
+    fingerprint: str,
+    weights: Weights,
+    raw_model: torch.nn.Module,
+    files: RunFiles,
+) -> Run:
+    """Build the optimizer, then let accelerate move everything to its device and wrap it, once."""
+    optimizer = build_optimizer(
+        settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    model, optimizer = accelerator.prepare(raw_model, optimizer)
+    fix_ddp_bucket_order(accelerator, model, settings.image_size)
+    header = checkpoint.make_header(
+        model=settings.model_args,
+        classes=source.classes,
+        preprocessing=step_settings.preprocessing,
+        arguments=settings.recorded(),
+        dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
+        weights=weights,
+    )
+    return Run(
+        settings=settings,
+        step_settings=step_settings,
+        accelerator=accelerator,
+        images=images,
+        weights=weights,
+        model=torch.compile(model) if settings.compile else model,
+        raw_model=raw_model,
+        optimizer=optimizer,
+        ema=Ema(raw_model, settings.ema) if settings.ema else None,
+        guard=NonFiniteGuard(accelerator),
+        header=header,
+        files=files,
+    )
+
+
+def may_differ_between_processes(flag: str) -> bool:
+    return flag in MAY_DIFFER and MAY_DIFFER[flag].between_processes
+
+
+def use_deterministic_algorithms(deterministic: bool) -> None:
+    """Let torch use only deterministic algorithms, and raise an error where an operator has none."""
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first use
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def describe(run: Run) -> str:
+    """What a person wants to see before a long run starts."""
+    settings, processes = run.settings, run.accelerator.num_processes
+    num_parameters, num_trainable = models.count_parameters(run.raw_model)
+    counts = ", ".join(f"{len(images):,} {split}" for split, images in run.images.items())
+    accumulation = settings.gradient_accumulation_steps
+    micro_batch = math.ceil(settings.batch_size / accumulation / processes)
+    plural = "es" if processes > 1 else ""
+    last_lr = run.learning_rate(settings.total_steps - 1)
+    return "\n".join(
+        [
+            f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, "
+            f"{num_trainable:,} trainable",
+            f"input      {run.step_settings.preprocessing}",
+            f"data       {settings.dataset}: {counts}; augment {settings.augment}",
+            f"batch      {settings.batch_size} = processes {processes} x accumulation {accumulation} "
+            f"x micro-batch {micro_batch}",
+            f"optimizer  {settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
+            f"{settings.schedule} to {last_lr:.3g}, recipe {settings.recipe}",
+            f"length     {settings.epochs} epochs, {settings.total_steps:,} steps",
+            f"hardware   {run.accelerator.device.type}, {processes} process{plural} of "
+            f"{settings.num_threads} threads, "
+            f"{precision_text(run.accelerator)}",
+        ]
+    )
