@@ -48,10 +48,10 @@ class Average:
 class Analysis:
     """The numbers of a page. Lists over entries follow Comparison.entries, lists over models Shared.models.
 
-    matrices are confusion matrices (C, C), class_order an order of the classes with similar ones side by side.
-    worth_their_time and too_slow are positions of the entries whose speed is known. num_right (n,) is how many shared
-    models have an image right. agreement[a, b] is Cohen's kappa of two shared models. curves are (epoch, validation
-    accuracy) by the name of a model.
+    matrices are confusion matrices (C, C), class_order an order of the classes with similar ones side by
+    side. worth_their_time and too_slow are positions of the entries whose speed is known. num_right (n,) is
+    how many shared models have an image right. agreement[a, b] is Cohen's kappa of two shared models. curves
+    are (epoch, validation accuracy) by the name of a model.
     """
 
     comparison: Comparison
@@ -158,7 +158,10 @@ def divide_by_cost(comparison: Comparison, costs: Costs) -> tuple[list[int], lis
 
 
 def averages(comparison: Comparison, costs: Costs) -> list[Average]:
-    """All models averaged; of more than two also the two best, and the best subset, unless it is one of these."""
+    """All models averaged.
+
+    Of more than two also the two best, and the best subset, unless it is one of these.
+    """
     shared = comparison.shared
     num_models = len(shared.models)
     if num_models < 2:

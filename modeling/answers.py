@@ -38,10 +38,11 @@ class Answers:
 class Model:
     """What a comparison keeps of one checkpoint. Arrays are (N,), sorted by row, unless they say otherwise.
 
-    confidence is the probability of the predicted class, label_probability that of the label; label_rank is 0 where
-    the label is the most probable class, ties counted as scikit-learn's top-k accuracy does (worst_rank: against the
-    model). tempered_confidence and tempered_label are the two probabilities after `temperature`, which minimises the
-    log loss; fitted_loss is the log loss after a temperature fitted on other images. probabilities: (N, C).
+    confidence is the probability of the predicted class, label_probability that of the label; label_rank is 0
+    where the label is the most probable class, ties counted as scikit-learn's top-k accuracy does
+    (worst_rank: against the model). tempered_confidence and tempered_label are the two probabilities after
+    `temperature`, which minimises the log loss; fitted_loss is the log loss after a temperature fitted on
+    other images. probabilities: (N, C).
     """
 
     name: str
@@ -120,7 +121,9 @@ def check_finite(name: str, values: np.ndarray) -> None:
 
 
 def summarize(answers: Answers, keep: type = np.float32) -> Model:
-    """Reduce a checkpoint's answers. `keep` is the type of the kept probabilities: float16 takes half the memory.
+    """Reduce a checkpoint's answers. `keep` is the type of the kept probabilities.
+
+    Float16 takes half the memory.
 
     UserError: a log-probability is NaN or infinite.
     """
@@ -167,7 +170,10 @@ def summarize(answers: Answers, keep: type = np.float32) -> Model:
 
 
 def top_k_accuracy(model: Model, k: int) -> tuple[Interval, float]:
-    """The share of images whose label is among the k most probable classes; and the share with ties counted against."""
+    """The share of images whose label is among the k most probable classes.
+
+    And the share with ties counted against.
+    """
     return wilson_interval(int((model.label_rank < k).sum()), len(model)), float(
         (model.worst_rank < k).mean()
     )

@@ -54,8 +54,8 @@ class Entry:
 class Pair:
     """Two entries on the same images. a stands above b in the ranking; difference is a's accuracy minus b's.
 
-    only_a and only_b count the images that one of them has right and the other wrong, with several runs the mean over
-    pairs of runs. corrected_p is p after Holm's correction for all pairs.
+    only_a and only_b count the images that one of them has right and the other wrong, with several runs the
+    mean over pairs of runs. corrected_p is p after Holm's correction for all pairs.
     """
 
     a: int
@@ -94,8 +94,8 @@ class Pair:
 class Shared:
     """The images that the compared entries all saw: what classes, pictures, averages and labels are about.
 
-    entries are positions in Comparison.entries, in that order. runs[k] are the runs of entries[k], models[k] is the
-    one that is shown; all are restricted to the shared rows and number the classes alike.
+    entries are positions in Comparison.entries, in that order. runs[k] are the runs of entries[k], models[k]
+    is the one that is shown; all are restricted to the shared rows and number the classes alike.
     """
 
     entries: list[int]
@@ -136,7 +136,7 @@ class Comparison:
         return [pair.a + pair.b - k for pair in self.pairs if pair.loser == k]
 
     def visible_difference(self) -> tuple[Pair, float] | None:
-        """The pair of single runs that disagrees least, and the smallest difference that its images could show.
+        """The single-run pair that disagrees least, and the smallest difference that its images could show.
 
         None: there is no such pair, or its two models are right on exactly the same images.
         """
@@ -152,7 +152,10 @@ class Comparison:
         return closest, smallest_visible_difference(disagreement, closest.num_images)
 
     def pairs_to_show(self) -> list[Pair]:
-        """All pairs of up to four entries; else the best one with each other, and neighbours in the ranking."""
+        """All pairs of up to four entries.
+
+        Else the best one with each other, and neighbours in the ranking.
+        """
         compared = sum(entry.rank is not None for entry in self.entries)
         if compared <= 4:
             return self.pairs
@@ -181,7 +184,10 @@ def recipe_key(model: Model) -> str:
 
 
 def group_runs(models: Sequence[Model]) -> list[list[Model]]:
-    """Group the runs of one recipe, in the order of their first runs. Runs of one recipe have different seeds."""
+    """Group the runs of one recipe, in the order of their first runs.
+
+    Runs of one recipe have different seeds.
+    """
     groups: dict[str, list[Model]] = {}
     for model in models:
         groups.setdefault(recipe_key(model), []).append(model)
@@ -197,7 +203,10 @@ def group_runs(models: Sequence[Model]) -> list[list[Model]]:
 
 
 def _make_entries(models: Sequence[Model]) -> list[Entry]:
-    """The entries in the order of the models. Several runs are named as their model, if nothing else has that name."""
+    """The entries in the order of the models.
+
+    Several runs are named as their model, if nothing else has that name.
+    """
     entries: list[Entry] = []
     for runs in group_runs(models):
         name = runs[0].name

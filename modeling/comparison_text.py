@@ -188,7 +188,9 @@ def pairs_csv(comparison: Comparison) -> str:
 
 
 def class_metrics_csv(comparison: Comparison, scores: ClassScores) -> str:
-    """The text of class_metrics.csv: a row for each class with images and each entry; with several runs, means.
+    """The text of class_metrics.csv: a row for each class with images and each entry.
+
+    With several runs, means.
 
     p and corrected_p are of no difference to the best entry in that class.
     """
@@ -227,7 +229,7 @@ def class_metrics_csv(comparison: Comparison, scores: ClassScores) -> str:
 def label_suspects_csv(
     suspects: Sequence[Suspect], classes: Sequence[str], file_of_row: Callable[[int], str]
 ) -> str:
-    """The text of label_suspects.csv, the most suspect first. file_of_row gives "" where an image has no file."""
+    """The text of label_suspects.csv, the most suspect first. file_of_row: "" where there is no file."""
     rows = [
         {
             "row": suspect.row,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 BATCH_SIZES = (64, 1)
 NUM_ROUNDS = 5
@@ -18,8 +20,8 @@ ROUND_SECONDS = 0.3
 class Speed:
     """Milliseconds of the forward pass, each the median of the rounds.
 
-    batch_ms is of one image in a batch of 64; single_ms is of a batch of one image. spread is the slowest round at
-    batch 64 over the fastest one: far above 1 the machine was busy with something else.
+    batch_ms is of one image in a batch of 64; single_ms is of a batch of one image. spread is the slowest
+    round at batch 64 over the fastest one: far above 1 the machine was busy with something else.
     """
 
     batch_ms: float
@@ -56,6 +58,18 @@ class Costs:
         return self.by_name.get(name)
 
 
+def forward_flops(model: nn.Module, image_size: int) -> int:
+    """Floating-point operations of the forward pass of one image, two for each multiply-add."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    # The fused attention kernel counts as 0 on a CPU: the plain one does the same arithmetic.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, image_size, image_size, device=device))
+    model.train(was_training)
+    return counter.get_total_flops()
+
+
 @torch.no_grad()
 def measure_speed(
     models: Sequence[nn.Module],
@@ -67,8 +81,8 @@ def measure_speed(
 ) -> list[Speed]:
     """Time the forward pass of each model in eval mode, on images of its size in pixels.
 
-    The models take turns: all are timed once in each round, so that a change of the machine's speed meets all alike.
-    The models keep the mode that they were in.
+    The models take turns: all are timed once in each round, so that a change of the machine's speed meets all
+    alike. The models keep the mode that they were in.
     """
     were_training = [model.training for model in models]
     inputs = [
@@ -96,7 +110,10 @@ def measure_speed(
 
 
 def _seconds_of_image(model: nn.Module, x: torch.Tensor, device: torch.device, least_seconds: float) -> float:
-    """Warm up, then run the batch again and again for at least `least_seconds`. The time of one of its images."""
+    """Warm up, then run the batch again and again for at least `least_seconds`.
+
+    The time of one of its images.
+    """
     started = time.perf_counter()
     for _ in range(WARMUP_BATCHES):
         model(x)

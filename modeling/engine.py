@@ -184,8 +184,16 @@ class Predictions:
     rows: torch.Tensor
     labels: torch.Tensor
     predicted: torch.Tensor
-    probabilities: torch.Tensor
+    logits: torch.Tensor
     losses: torch.Tensor
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        return self.logits.softmax(dim=1)
+
+    @property
+    def log_probabilities(self) -> torch.Tensor:
+        return self.logits.log_softmax(dim=1)
 
 
 @torch.no_grad()
@@ -238,7 +246,7 @@ def predict(
         rows=images.rows,
         labels=images.labels,
         predicted=all_logits.argmax(dim=1),
-        probabilities=all_logits.softmax(dim=1),
+        logits=all_logits,
         losses=F.cross_entropy(all_logits, images.labels, reduction="none"),
     )
 

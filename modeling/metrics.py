@@ -78,8 +78,8 @@ class F1(_Metric):
 class McNemar(evaluate.Comparison):
     """McNemar's test of two models on the same images, with the two-sided mid-p value.
 
-    difference is the accuracy of predictions1 minus that of predictions2; only1 and only2 count the images that one of
-    them has right and the other wrong.
+    difference is the accuracy of predictions1 minus that of predictions2; only1 and only2 count the images
+    that one of them has right and the other wrong.
     """
 
     def __init__(self):
@@ -112,7 +112,7 @@ def compute(predictions) -> dict[str, float]:
     combined.add_batch(
         predictions=predictions.predicted.numpy(),
         references=predictions.labels.numpy(),
-        probabilities=predictions.probabilities.numpy(),
+        probabilities=predictions.logits.numpy(),  # ranked; rounded probabilities would make ties
     )
     scores = combined.compute()
     scores["loss"] = float(predictions.losses.double().mean())

@@ -1,7 +1,8 @@
 """The comparison page: one HTML file that needs no network and no script, computed from an Analysis.
 
-The template is page.html.j2, with page.css and page.js. Its policy (CSP) forbids every request and every script but
-page.js, whose hash it names; jinja2 escapes every name. So neither a class name nor a file name can do anything.
+The template is page.html.j2, with page.css and page.js. Its policy (CSP) forbids every request, and every
+script but page.js, whose hash it names. jinja2 escapes every name. So no class name
+and no file name can do anything.
 """
 
 import base64

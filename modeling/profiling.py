@@ -12,11 +12,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise the profiler logs ea
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from modeling import cli, models, recipes, report
+from modeling.cost import forward_flops
 from modeling.data.batches import Batch, training_steps
 from modeling.data.images import Images, decode, native_size
 from modeling.data.sources import load_source, select_rows
@@ -45,18 +44,6 @@ COLUMNS = (
     "peak_memory_mb",
     "data_share",
 )
-
-
-def forward_flops(model: nn.Module, image_size: int) -> int:
-    """Floating-point operations of the forward pass of one image, two for each multiply-add."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    # The fused attention kernel counts as 0 on a CPU: the plain one does the same arithmetic.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, image_size, image_size, device=device))
-    model.train(was_training)
-    return counter.get_total_flops()
 
 
 def full_steps(

@@ -14,9 +14,10 @@ from modeling.stats.proportions import Interval, wilson_interval
 class Scores:
     """One model's scores. Log loss is in nats; Brier is the sum over the classes, from 0 to 2.
 
-    gap is mean confidence minus accuracy. honest_error and honest_limit are the mean and the 95 % point of the
-    calibration error that a model with true confidence would show on as many images. fitted_loss is the log loss
-    after a temperature that was fitted on other images. errors[k - 1]: errors among the k surest images.
+    gap is mean confidence minus accuracy. honest_error and honest_limit are the mean and the 95 % point of
+    the calibration error that a model with true confidence would show on as many images. fitted_loss is the
+    log loss after a temperature that was fitted on other images. errors[k - 1]: errors among the k surest
+    images.
     """
 
     accuracy: Interval
@@ -36,7 +37,10 @@ class Scores:
 
     @property
     def verdict(self) -> str:
-        """honest: its calibration error could be chance. uneven: it is not, but confidence is right on average."""
+        """honest: its calibration error could be chance. uneven.
+
+        It is not, but confidence is right on average.
+        """
         if self.calibration_error <= self.honest_limit:
             return "honest"
         if self.gap.low > 0:

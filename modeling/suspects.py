@@ -11,10 +11,11 @@ from modeling.stats.together import suspect_labels
 
 @dataclass(frozen=True)
 class Suspect:
-    """An image whose label is suspect. label and suggested are class numbers, row is the image's row in its split.
+    """An image whose label is suspect. label and suggested are class numbers, row is its row in the split.
 
-    The probabilities are means over the models, each after its temperature. twin is the row of the same picture under
-    the label `suggested`; the models then need not agree with it, and suggested_probability is None.
+    The probabilities are means over the models, each after its temperature. twin is the row of the same
+    picture under the label `suggested`; the models then need not agree with it, and suggested_probability is
+    None.
     """
 
     row: int

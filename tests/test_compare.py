@@ -48,7 +48,7 @@ def assert_same_model(one: Model, two: Model) -> None:
         assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b, field.name
 
 
-# ---- What is kept of a checkpoint -------------------------------------------------------------------------------
+# ---- What is kept of a checkpoint ----------------------------------------------------------------
 
 
 def test_losses_are_scikit_learns():
@@ -147,7 +147,7 @@ def test_corner_cases_have_numbers(num_images, predicts):
     assert comparison.pairs == []
 
 
-# ---- Scores -----------------------------------------------------------------------------------------------------
+# ---- Scores --------------------------------------------------------------------------------------
 
 
 def test_scores_equal_those_of_scikit_learn_and_lie_in_their_intervals():
@@ -201,7 +201,7 @@ def test_verdicts_on_confidence():
     assert scores.score_models([model])[0].verdict == "uneven"
 
 
-# ---- Pairs and ranks --------------------------------------------------------------------------------------------
+# ---- Pairs and ranks -----------------------------------------------------------------------------
 
 
 def rights(*num_right: int, n: int = 200) -> list[Model]:
@@ -285,7 +285,7 @@ def test_many_models_show_the_best_against_each_and_neighbours():
     assert len(four.pairs) == 6
 
 
-# ---- Other images, other classes --------------------------------------------------------------------------------
+# ---- Other images, other classes -----------------------------------------------------------------
 
 
 def test_models_of_another_dataset_split_or_class_are_not_compared():
@@ -375,7 +375,7 @@ def test_without_100_images_in_common_the_largest_group_that_saw_the_same_is_sha
     assert {(pair.num_images) for pair in comparison.pairs} == {150, 100, 400}
 
 
-# ---- Runs of a recipe -------------------------------------------------------------------------------------------
+# ---- Runs of a recipe ----------------------------------------------------------------------------
 
 
 def run_of(name: str, seed: int, num_right: int, kind: str = "best", **arguments) -> Model:
@@ -441,7 +441,7 @@ def test_runs_that_drew_other_images_have_an_interval_of_their_accuracies():
     assert entry.accuracy[1:] == pytest.approx((expected[0], min(1, expected[1])))
 
 
-# ---- Text -------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 
 def read(text: str) -> list[dict[str, str]]:
@@ -560,7 +560,7 @@ def test_label_suspects_begin_with_twins():
     assert float(rows[2]["label_probability"]) < 0.01
 
 
-# ---- Cost -------------------------------------------------------------------------------------------------------
+# ---- Cost ----------------------------------------------------------------------------------------
 
 
 class Watched(torch.nn.Module):

@@ -28,7 +28,7 @@ def evaluated(name="run", classes=ODD, n=200, seed=0, wrong=0.3, true_classes=No
     logits = 4 * torch.nn.functional.one_hot(labels, len(classes)) * (
         torch.rand(n, 1, generator=g) > wrong
     ) + torch.randn(n, len(classes), generator=g)
-    p = Predictions(torch.arange(n) * 3, labels, logits.argmax(1), logits.softmax(1), torch.zeros(n))
+    p = Predictions(torch.arange(n) * 3, labels, logits.argmax(1), logits, torch.zeros(n))
     row = {
         "checkpoint": f"{name}.safetensors",
         "model": "cnn",

@@ -1,4 +1,7 @@
-"""Each estimator of a comparison against its reference: scipy, scikit-learn, brute force, or a seeded simulation."""
+"""Each estimator of a comparison against its reference.
+
+Scipy, scikit-learn, brute force, or a seeded simulation.
+"""
 
 import itertools
 import warnings
@@ -24,7 +27,7 @@ COUNTS = [
 ]
 
 
-# ---- One share, and the difference of two -----------------------------------------------------------------------
+# ---- One share, and the difference of two --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,11 +135,14 @@ def test_the_smallest_visible_difference_is_found_four_times_in_five():
     assert 0.77 <= (proportions.mcnemar_midp(only_a, only_b) < 0.05).mean() <= 0.83
 
 
-# ---- Several runs of a recipe -----------------------------------------------------------------------------------
+# ---- Several runs of a recipe --------------------------------------------------------------------
 
 
 def simulated_runs(rng, difficulty, num_runs, run_deviation):
-    """(R, n) of 0 and 1: runs of a recipe that is right on image i with probability difficulty[i], plus the run's."""
+    """(R, n) of 0 and 1.
+
+    Runs of a recipe that is right on image i with probability difficulty[i], plus the run's.
+    """
     shift = rng.normal(0, run_deviation, (num_runs, 1))
     return (rng.random((num_runs, len(difficulty))) < np.clip(difficulty + shift, 0, 1)).astype(bool)
 
@@ -223,7 +229,7 @@ def test_runs_that_are_all_right_or_all_wrong_have_an_interval_of_some_width(num
     assert opposite.p == pytest.approx(float(proportions.mcnemar_midp(num_images, 0)))
 
 
-# ---- Bootstrap --------------------------------------------------------------------------------------------------
+# ---- Bootstrap -----------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_of_means_is_close_to_scipys():
@@ -283,7 +289,7 @@ def test_resampled_class_scores_are_a_loop_over_scikit_learns(monkeypatch):
             assert balanced[number, k] == pytest.approx(expected)
 
 
-# ---- Calibration ------------------------------------------------------------------------------------------------
+# ---- Calibration ---------------------------------------------------------------------------------
 
 
 def random_confidence(n, seed=11):
@@ -414,7 +420,7 @@ def test_fitted_losses_never_use_an_images_own_fold():
     assert calibration.cross_fitted_losses(logs[:1], labels[:1], rows[:1], 1.0).shape == (1,)
 
 
-# ---- Classes ----------------------------------------------------------------------------------------------------
+# ---- Classes -------------------------------------------------------------------------------------
 
 
 def test_class_winners_are_mcnemar_with_benjamini_and_hochberg():
@@ -479,7 +485,7 @@ def test_classes_that_are_confused_stand_side_by_side():
     assert classes.similar_side_by_side(np.zeros((4, 4))).tolist() == [0, 1, 2, 3]
 
 
-# ---- Together ---------------------------------------------------------------------------------------------------
+# ---- Together ------------------------------------------------------------------------------------
 
 
 def test_averages_are_those_of_numpy():

@@ -34,8 +34,8 @@ def _runs(analysis: Analysis) -> Banner | None:
     if several and single:
         return Banner(
             f"One run of {join_names(single)}.",
-            f"Another seed moves it too. Of {join_names(several)} the intervals cover other seeds and other images. "
-            + _shown_runs(analysis),
+            f"Another seed moves it too. Of {join_names(several)} the intervals cover other seeds and "
+            f"other images. " + _shown_runs(analysis),
         )
     if several:
         return Banner(
@@ -46,7 +46,8 @@ def _runs(analysis: Analysis) -> Banner | None:
     if len(single) > 1:
         return Banner(
             "One run of each.",
-            "The intervals are about the images. Another seed moves a model too: to compare recipes, train three or "
+            "The intervals are about the images. Another seed moves a model too: to compare recipes, "
+            "train three or "
             "more runs of each with different seeds.",
         )
     return None
@@ -55,7 +56,8 @@ def _runs(analysis: Analysis) -> Banner | None:
 def _shown_runs(analysis: Analysis) -> str:
     names = [entry.shown.name for entry in analysis.entries if len(entry.runs) > 1]
     return (
-        "Confusions, pictures, confidence, averages and labels show the run nearest to its recipe's mean accuracy: "
+        "Confusions, pictures, confidence, averages and labels show the run nearest to its recipe's mean "
+        "accuracy: "
         f"{join_names(names, most=12)}."
     )
 
@@ -71,7 +73,8 @@ def _not_compared(analysis: Analysis) -> Banner | None:
         )
     return Banner(
         "Different images or classes.",
-        f"{join_names(names, most=12)} saw other images or {'knows' if len(names) == 1 else 'know'} other classes: "
+        f"{join_names(names, most=12)} saw other images or {'knows' if len(names) == 1 else 'know'} other "
+        f"classes: "
         "not ranked, and not compared with the other models.",
     )
 
@@ -85,7 +88,8 @@ def _not_the_same_images(analysis: Analysis) -> Banner | None:
     names = join_names([analysis.entries[k].name for k in shared.entries], most=12)
     return Banner(
         "Not the same images.",
-        "Each pair is compared on the images that both saw. Classes, pictures, averages and labels are about the "
+        "Each pair is compared on the images that both saw. Classes, pictures, averages and labels are "
+        "about the "
         f"{plural(len(shared.rows), 'image')} that {names} saw.",
     )
 
@@ -109,7 +113,8 @@ def _busy_machine(analysis: Analysis) -> Banner | None:
         return None
     return Banner(
         "The machine was busy.",
-        f"The slowest and the fastest round of {join_names(names)} differ by more than {BUSY:g} times: measure the "
+        f"The slowest and the fastest round of {join_names(names)} differ by more than {BUSY:g} times: "
+        f"measure the "
         "speed again on a quiet machine.",
     )
 
@@ -125,6 +130,7 @@ def _pretrained_on_stl10(analysis: Analysis) -> Banner | None:
         return None
     return Banner(
         "Pretrained weights on STL-10.",
-        f"STL-10 was drawn from ImageNet: the weights that {join_names(names)} started from may have seen these "
+        f"STL-10 was drawn from ImageNet: the weights that {join_names(names)} started from may have seen "
+        f"these "
         "images with their labels.",
     )

@@ -1,4 +1,7 @@
-"""Scales, marks and small SVG plots. Colours are CSS classes, so that a figure follows the light or dark theme."""
+"""Scales, marks and small SVG plots.
+
+Colours are CSS classes, so that a figure follows the light or dark theme.
+"""
 
 import base64
 import io
@@ -32,7 +35,10 @@ def shape(number: int) -> str:
 
 
 def round_ticks(low: float, high: float, at_most: int) -> list[float]:
-    """Round numbers from low to high: multiples of 1, 2 or 5 times a power of ten, at most so many and one more."""
+    """Round numbers from low to high.
+
+    Multiples of 1, 2 or 5 times a power of ten, at most so many and one more.
+    """
     rough = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -45,7 +51,10 @@ def percent_label(share: float) -> str:
 
 
 class Axis:
-    """A horizontal scale of shares: the call gives a position in percent of the width, values beyond it at its ends."""
+    """A horizontal scale of shares.
+
+    The call gives a position in percent of the width, values beyond it at its ends.
+    """
 
     def __init__(self, low: float, high: float, at_most: int = 4):
         self.low, self.high = low, high
@@ -170,7 +179,10 @@ def data_uri(image: Image.Image, kind: str, **options) -> str:
 
 
 def confusion_picture(matrix: np.ndarray, order: np.ndarray) -> str:
-    """A PNG as a data: URI: a pixel a cell, whose opacity is the share of the row, so that any background shows."""
+    """A PNG as a data: URI.
+
+    A pixel a cell, whose opacity is the share of the row, so that any background shows.
+    """
     shares = matrix[np.ix_(order, order)] / np.maximum(matrix.sum(axis=1)[order][:, None], 1)
     pixels = np.zeros((*shares.shape, 4), dtype=np.uint8)
     pixels[..., :3] = (60, 130, 215)

@@ -110,7 +110,10 @@ def together(analysis: Analysis) -> str:
     all_of_them = "both" if num_models == 2 else f"all {num_models}"
     difference = everyone.over_best.interval
     if difference.low > 0:
-        return f"Yes: averaging {all_of_them} gains {signed(difference.value)} points ({signed_range(difference)})"
+        return (
+            f"Yes: averaging {all_of_them} gains {signed(difference.value)} points "
+            f"({signed_range(difference)})"
+        )
     if num_models > 2 and analysis.averages[1].over_best.interval.low > 0:
         gain = analysis.averages[1].over_best.interval
         return (
@@ -122,7 +125,10 @@ def together(analysis: Analysis) -> str:
             f"No: averaging {all_of_them} loses {signed(-difference.value).lstrip('+')} points "
             f"({signed_range(difference)})"
         )
-    return f"Not clearly: averaging {all_of_them} changes {signed(difference.value)} points ({signed_range(difference)})"
+    return (
+        f"Not clearly: averaging {all_of_them} changes {signed(difference.value)} points "
+        f"({signed_range(difference)})"
+    )
 
 
 def labels(analysis: Analysis) -> str:

@@ -1,4 +1,7 @@
-"""How the page names entries and pairs, and the sentences that several parts use. Names are plain text here."""
+"""How the page names entries and pairs, and the sentences that several parts use.
+
+Names are plain text here.
+"""
 
 from modeling.analysis import Analysis, Average
 from modeling.compare import Pair

@@ -26,8 +26,8 @@ _SEED = 0
 class Tile:
     """An image of the page: its position among the shared images, and why it is there.
 
-    kinds: "pair" (one model right, another wrong), "all" (all wrong), "random" (an error drawn at random), "label"
-    (its label is suspect), "cell" (one of a frequent confusion).
+    kinds: "pair" (one model right, another wrong), "all" (all wrong), "random" (an error drawn at random),
+    "label" (its label is suspect), "cell" (one of a frequent confusion).
     """
 
     position: int

@@ -26,7 +26,10 @@ def _run_accuracies(entry) -> list[float]:
 
 
 def cost_plot(analysis: Analysis) -> Markup | None:
-    """Accuracy over time an image, with the frontier of what is worth its time. None: fewer than two speeds are known."""
+    """Accuracy over time an image, with the frontier of what is worth its time. None.
+
+    Fewer than two speeds are known.
+    """
     times = {k: analysis.milliseconds(k) for k in range(len(analysis.entries))}
     times = {k: value for k, value in times.items() if value}
     if len(times) < 2:
@@ -54,7 +57,8 @@ def cost_plot(analysis: Analysis) -> Markup | None:
         is_left = x + 11 + 7 * len(name) > plot.width or _has_neighbour(points, k)
         plot.label(x - 11 if is_left else x + 11, height, name, "end" if is_left else "start")
     texts = [
-        f"{analysis.entries[k].name} {percent(analysis.entries[k].accuracy.value)} % at {milliseconds(times[k])} ms"
+        f"{analysis.entries[k].name} {percent(analysis.entries[k].accuracy.value)} % at "
+        f"{milliseconds(times[k])} ms"
         for k in times
     ]
     return plot.svg("accuracy against time per image: " + ", ".join(texts))
@@ -93,7 +97,10 @@ def lowest_confidence(analysis: Analysis) -> float:
 
 
 def reliability_plot(scores: Scores, confidence: np.ndarray, number: int, low: float, name: str) -> Markup:
-    """How often answers are right, over the confidence that they were given with; at the foot their distribution."""
+    """How often answers are right, over the confidence that they were given with.
+
+    At the foot their distribution.
+    """
     plot = Plot(220, 236, (low, 1), (low, 1), pad=(8, 8, 52, 32))
     ticks = [value for value in (0, 0.2, 0.4, 0.6, 0.8, 1) if value >= low]
     plot.axes(ticks, ticks, "", "", percent_label, percent_label)

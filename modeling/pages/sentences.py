@@ -143,7 +143,8 @@ def _failures_fact(analysis: Analysis) -> str:
     hardest = [classes[analysis.classes.classes[j]] for j in mean.argsort(kind="stable")[:2]]
     first = analysis.confusions[0]
     return (
-        f"Hardest: {join_names(hardest, length=40)}. Most frequent: {shorten(classes[first.true], 40)} taken for "
+        f"Hardest: {join_names(hardest, length=40)}. Most frequent: {shorten(classes[first.true], 40)} "
+        f"taken for "
         f"{shorten(classes[first.predicted], 40)}."
     )
 
@@ -160,14 +161,18 @@ def _confidence_fact(analysis: Analysis) -> str:
     worst = too_sure_text(analysis, max(others, key=lambda k: abs(analysis.scores[k].gap.value)))
     if not honest:
         return f"{worst}{'; none can be taken at its word' if len(others) > 1 else ''}."
-    return f"{worst}; {join_names(honest, most=2)} can be taken at {'its' if len(honest) == 1 else 'their'} word."
+    return (
+        f"{worst}; {join_names(honest, most=2)} can be taken at "
+        f"{'its' if len(honest) == 1 else 'their'} word."
+    )
 
 
 def _together_fact(analysis: Analysis) -> str:
     best = max(analysis.averages[:2], key=lambda average: average.accuracy.value)
     difference = best.over_best.interval
     return (
-        f"Averaging {average_name(analysis, best)}: {percent(best.accuracy.value)} %, {signed(difference.value)} points "
+        f"Averaging {average_name(analysis, best)}: {percent(best.accuracy.value)} %, "
+        f"{signed(difference.value)} points "
         f"over {shorten(analysis.shared_entry(0).name)} alone ({signed_range(difference)})."
     )
 

@@ -71,7 +71,10 @@ def model_rows(analysis: Analysis) -> list[ModelRow]:
 
 @dataclass(frozen=True, eq=False)
 class MeasuresRow:
-    """An entry's shown run in the fold of section 1. tied_top5: top-5 accuracy with ties counted against it."""
+    """An entry's shown run in the fold of section 1. tied_top5.
+
+    Top-5 accuracy with ties counted against it.
+    """
 
     number: int
     name: str
@@ -148,7 +151,10 @@ class ClassRow:
 
 
 def class_rows(analysis: Analysis) -> list[ClassRow]:
-    """The hardest class first; of more than 30 classes the 15 hardest and the 15 on which models differ most."""
+    """The hardest class first.
+
+    Of more than 30 classes the 15 hardest and the 15 on which models differ most.
+    """
     scores = analysis.classes
     mean = scores.recall.mean(axis=0)
     spread = scores.recall.max(axis=0) - scores.recall.min(axis=0)
@@ -343,6 +349,9 @@ def agreement_rows(analysis: Analysis) -> list[tuple[str, str, Interval]]:
 
 
 def largest_class(analysis: Analysis) -> tuple[str, str]:
-    """The name of the class with most images, and its share in percent: what a model would have that always says it."""
+    """The name of the class with most images, and its share in percent.
+
+    What a model would have that always says it.
+    """
     counts = np.bincount(analysis.shared.labels, minlength=len(analysis.shared.classes))
     return analysis.shared.classes[int(counts.argmax())], percent(counts.max() / counts.sum())

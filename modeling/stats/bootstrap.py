@@ -37,8 +37,8 @@ def resampled_class_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return macro F1 and balanced accuracy, (B, K) each, over images drawn within their class.
 
-    labels: (n,), predicted: (K, n), class numbers. As in metrics.csv, macro F1 is the mean over the classes that are
-    true or predicted, and balanced accuracy the mean recall of the classes that have images.
+    labels: (n,), predicted: (K, n), class numbers. As in metrics.csv, macro F1 is the mean over the classes
+    that are true or predicted, and balanced accuracy the mean recall of the classes that have images.
     """
     num_models = len(predicted)
     counts = np.bincount(labels, minlength=num_classes)

@@ -1,6 +1,7 @@
-"""Can a model's confidence be trusted? Calibration, temperature, and what passing on unsure images would gain.
+"""Can a model's confidence be trusted? Calibration, temperature, and the gain of passing on unsure images.
 
-Throughout, confidence (N,) is the probability of the predicted class, right (N,) is True where that class is the label.
+Throughout, confidence (N,) is the probability of the predicted class, right (N,) is True where that class
+is the label.
 """
 
 from typing import NamedTuple
@@ -22,8 +23,8 @@ _SEED = 0
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     """The mean distance of confidence and accuracy over 15 bins of equal count, weighted by their images.
 
-    (ECE of the top label: C. Guo et al., "On calibration of modern neural networks", ICML 2017; bins of equal count:
-    J. Nixon et al., "Measuring calibration in deep learning", CVPR workshops 2019.)
+    (ECE of the top label: C. Guo et al., "On calibration of modern neural networks", ICML 2017; bins of equal
+    count: J. Nixon et al., "Measuring calibration in deep learning", CVPR workshops 2019.)
     """
     order = np.argsort(confidence, kind="stable")
     return float(_binned_error(confidence[order], right[order][None].astype(float))[0])
@@ -112,7 +113,8 @@ def folds(rows: np.ndarray) -> np.ndarray:
 def fit_temperature(log_probabilities: np.ndarray, labels: np.ndarray, start: float = 1.0) -> float:
     """The temperature T that minimises the log loss of softmax(log_probabilities / T), between e^-3 and e^3.
 
-    (Guo et al. 2017.) The loss is convex in 1 / T: Newton's steps, or bisection where a step leaves the bracket.
+    (Guo et al. 2017.) The loss is convex in 1 / T: Newton's steps, or bisection where a step leaves the
+    bracket.
     """
     low, high = np.exp(-3.0), np.exp(3.0)
     beta = 1 / start

@@ -13,12 +13,12 @@ from modeling.stats.runs import paired_difference
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Recall of each class that has images, and the comparison of each recipe with the best one in that class.
+    """Recall of each class that has images, and the comparison of each recipe with the best one there.
 
-    classes (P,) class numbers; num_images (P,); recall (K, P), with several runs the mean. p and corrected_p (K, P)
-    are of no difference to recipe `best`, whose own rows are NaN; is_better (K, P) is True where a recipe really
-    beats it. corrected_p keeps the share of false alarms at 5 % over all classes and recipes (Benjamini and Hochberg,
-    "Controlling the false discovery rate", JRSS B 57, 1995).
+    classes (P,) class numbers; num_images (P,); recall (K, P), with several runs the mean. p and corrected_p
+    (K, P) are of no difference to recipe `best`, whose own rows are NaN; is_better (K, P) is True where a
+    recipe really beats it. corrected_p keeps the share of false alarms at 5 % over all classes and recipes
+    (Benjamini and Hochberg, "Controlling the false discovery rate", JRSS B 57, 1995).
     """
 
     classes: np.ndarray
@@ -30,7 +30,10 @@ class ClassScores:
 
 
 def class_scores(right: list[np.ndarray], labels: np.ndarray, best: int) -> ClassScores:
-    """right[k]: (R_k, n) of recipe k, True where a run is right. labels: (n,). best: the recipe to compare with."""
+    """right[k]: (R_k, n) of recipe k, True where a run is right. labels: (n,). best.
+
+    The recipe to compare with.
+    """
     classes, num_images = np.unique(labels, return_counts=True)
     recall = np.stack([_class_means(one.mean(axis=0), labels, classes) for one in right])
     p = np.full(recall.shape, np.nan)
@@ -83,8 +86,8 @@ def precisions(matrix: np.ndarray) -> np.ndarray:
 def similar_side_by_side(matrix: np.ndarray) -> np.ndarray:
     """An order of the classes (C,) in which classes that are often confused are neighbours.
 
-    Average linkage on the shares of confusion, made symmetric, with the optimal order of the leaves (Z. Bar-Joseph
-    et al., "Fast optimal leaf ordering for hierarchical clustering", Bioinformatics 17, 2001).
+    Average linkage on the shares of confusion, made symmetric, with the optimal order of the leaves (Z.
+    Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering", Bioinformatics 17, 2001).
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     similarity = (shares + shares.T) / 2

@@ -44,9 +44,9 @@ def wilson_interval(num_right: float, num_images: int) -> Interval:
 def mcnemar_midp(only_a: ArrayLike, only_b: ArrayLike) -> np.ndarray:
     """Return the two-sided mid-p value of McNemar's test, elementwise.
 
-    only_a: images that model a has right and b wrong; only_b: the reverse. Under the hypothesis that both models
-    are equally accurate, only_a is binomial with n = only_a + only_b and probability 1/2.
-    M. W. Fagerland, S. Lydersen, P. Laake, "The McNemar test for binary matched-pairs data: mid-p and asymptotic
+    only_a: images that model a has right and b wrong; only_b: the reverse. Under the hypothesis that both
+    models are equally accurate, only_a is binomial with n = only_a + only_b and probability 1/2. M. W.
+    Fagerland, S. Lydersen, P. Laake, "The McNemar test for binary matched-pairs data: mid-p and asymptotic
     are better than exact conditional", BMC Medical Research Methodology 13:91 (2013).
     """
     only_a, only_b = np.asarray(only_a), np.asarray(only_b)
@@ -58,8 +58,8 @@ def mcnemar_midp(only_a: ArrayLike, only_b: ArrayLike) -> np.ndarray:
 def tango_interval(only_a: int, only_b: int, num_images: int) -> Interval:
     """The difference (only_a - only_b) / num_images of two models with Tango's 95 % score interval.
 
-    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
-    design", Statistics in Medicine 17 (1998).
+    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 17 (1998).
     """
     n = num_images
     difference = (only_a - only_b) / n
@@ -86,7 +86,8 @@ def tango_interval(only_a: int, only_b: int, num_images: int) -> Interval:
 def holm(p_values: ArrayLike) -> np.ndarray:
     """Return p values corrected for their number, so that the chance of any false alarm is at most the level.
 
-    S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979).
+    S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+    (1979).
     """
     p = np.asarray(p_values, dtype=float)
     order = np.argsort(p, kind="stable")

@@ -1,8 +1,9 @@
 """Several runs (seeds) of one recipe: intervals that cover other seeds and other images at once.
 
-right[r, i] is 1 where run r has image i right. Runs and images are both random, so the variance of a mean has a term
-of each, and a term of their interaction that both contain and that is subtracted once (the two-way form of
-multi-reader multi-case studies). One run alone shows nothing of the spread of runs: its recipe then counts as fixed.
+right[r, i] is 1 where run r has image i right. Runs and images are both random, so the variance of a mean
+has a term of each, and a term of their interaction that both contain and that is subtracted once (the two-
+way form of multi-reader multi-case studies). One run alone shows nothing of the spread of runs: its recipe
+then counts as fixed.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ def run_variance(right: np.ndarray) -> float:
 
 
 def t_interval(value: float, terms: list[tuple[float, int]], variance: float) -> tuple[Interval, float]:
-    """The 95 % interval of `value` and the p value of zero, by Student's t with Satterthwaite's degrees of freedom.
+    """The 95 % interval of `value` and the p value of zero, by t with Satterthwaite's degrees of freedom.
 
     terms: the estimated variances that `variance` is made of, with their degrees of freedom.
     """
@@ -48,7 +49,10 @@ def t_interval(value: float, terms: list[tuple[float, int]], variance: float) ->
 
 
 def mean_of_runs(right: np.ndarray) -> Interval:
-    """The accuracy of a recipe with its 95 % interval. right: (R, n) of 0 and 1; with one run it is Wilson's."""
+    """The accuracy of a recipe with its 95 % interval. right: (R, n) of 0 and 1.
+
+    With one run it is Wilson's.
+    """
     num_runs, num_images = right.shape
     right = right.astype(float)
     value = float(right.mean())

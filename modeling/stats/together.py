@@ -33,11 +33,13 @@ def candidate_subsets(num_models: int) -> list[tuple[int, ...]]:
 
 
 def kappa(share_a: np.ndarray, share_b: np.ndarray, share_both: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of "right" and "wrong" of two models, elementwise; NaN where both are always right or wrong.
+    """Cohen's kappa of "right" and "wrong" of two models, elementwise.
 
-    The arguments are the shares of images that a, b, and both have right. R. Geirhos, K. Meding, F. A. Wichmann,
-    "Beyond accuracy: quantifying trial-by-trial behaviour of CNNs and humans by measuring error consistency",
-    NeurIPS 2020.
+    NaN where both are always right or wrong.
+
+    The arguments are the shares of images that a, b, and both have right. R. Geirhos, K. Meding, F. A.
+    Wichmann, "Beyond accuracy: quantifying trial-by-trial behaviour of CNNs and humans by measuring error
+    consistency", NeurIPS 2020.
     """
     agreement = 1 - share_a - share_b + 2 * share_both
     by_chance = share_a * share_b + (1 - share_a) * (1 - share_b)
@@ -71,8 +73,8 @@ def suspect_labels(
     """Positions of the images whose label is suspect, the most suspect first.
 
     labels (n,), predicted (K, n). All models name one class, another than the label, and the mean of their
-    probabilities of the label, each after its temperature (K, n), is below 1 %. The order is by that mean, as the
-    self-confidence of C. G. Northcutt, L. Jiang, I. L. Chuang, "Confident learning", JAIR 70 (2021).
+    probabilities of the label, each after its temperature (K, n), is below 1 %. The order is by that mean, as
+    the self-confidence of C. G. Northcutt, L. Jiang, I. L. Chuang, "Confident learning", JAIR 70 (2021).
     """
     agree = (predicted == predicted[0]).all(axis=0)
     label_probability = tempered_label_probability.mean(axis=0)
