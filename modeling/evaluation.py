@@ -1,12 +1,14 @@
 """Evaluate checkpoints on images and write the results. evaluate.py runs `main`."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
-from modeling.data.images import decode
+from modeling.comparison_files import Candidate, write_comparison
+from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
 from modeling.data.sources import SPLITS, Source, load_source, select_rows
 from modeling.engine import predict
@@ -117,16 +119,14 @@ class Evaluation:
             limit_eval=limit_eval,
         )
 
-    def run(
-        self,
-        *,
-        accelerator: Accelerator,
-        batch_size: int,
-        num_workers: int,
-        store_limit: float,
-    ) -> report.Evaluated:
-        """Decode the images, predict their classes and compute the metrics. `store_limit` is in bytes."""
-        images = decode(
+    @property
+    def dataset(self) -> str:
+        """The dataset's name, with the revision where there is one."""
+        return self.source.name + (f"@{self.source.revision}" if self.source.revision else "")
+
+    def decode(self, *, num_workers: int, store_limit: float) -> Images:
+        """Decode the images. `store_limit` is in bytes."""
+        return decode(
             self.source,
             self.source_split,
             self.rows,
@@ -135,10 +135,13 @@ class Evaluation:
             store_limit=store_limit,
             progress=Progress,
         )
+
+    def run(self, images: Images, *, accelerator: Accelerator, batch_size: int) -> Candidate:
+        """Predict the classes of the images, whose labels are the dataset's class numbers."""
         # From here on the labels are the checkpoint's class numbers.
-        images.labels = images.labels.new_tensor(self.class_numbers)[images.labels]
+        labels = images.labels.new_tensor(self.class_numbers)[images.labels]
+        images = dataclasses.replace(images, labels=labels, classes=self.header["classes"])
         model, header = checkpoint.load_model(self.path)
-        parameters, trainable = models.count_parameters(model)
         model = accelerator.prepare_model(model, evaluation_mode=True)
         with Progress(len(images), f"evaluating {self.name}") as progress:
             predictions = predict(
@@ -149,17 +152,49 @@ class Evaluation:
                 accelerator=accelerator,
                 progress=progress.update,
             )
+        if not predictions.logits.isfinite().all():
+            raise UserError(
+                f"{self.path} gives NaN or infinite logits: leave this checkpoint out, "
+                "or train it again with a lower --lr"
+            )
+        return Candidate(
+            name=self.name,
+            path=self.path,
+            header=header,
+            model=model,
+            images=images,
+            predictions=predictions,
+            dataset=self.dataset,
+            split=self.split,
+        )
+
+    def result(self, candidate: Candidate) -> report.Evaluated:
+        """Compute the metrics."""
+        parameters, trainable = models.count_parameters(candidate.model)
         row = {
             "checkpoint": str(self.path),
-            "model": header["model"]["name"],
+            "model": self.header["model"]["name"],
             "dataset": self.source.name,
             "split": self.split,
-            "num_samples": len(images),
-            **metrics.compute(predictions),
+            "num_samples": len(candidate.images),
+            **metrics.compute(candidate.predictions),
             "parameters": parameters,
             "trainable_parameters": trainable,
         }
-        return report.Evaluated(self.name, row, predictions, header["classes"])
+        return report.Evaluated(self.name, row, candidate.predictions, self.header["classes"])
+
+
+def decode_once(evaluations: list[Evaluation], *, num_workers: int, store_limit: float) -> list[Images]:
+    """Decode the images of each evaluation. Those that need the same images share them."""
+    decoded: dict[tuple, Images] = {}
+    images = []
+    for evaluation in evaluations:
+        side = evaluation.header["preprocessing"]["image_size"]
+        key = (id(evaluation.source), evaluation.source_split, tuple(evaluation.rows.tolist()), side)
+        if key not in decoded:
+            decoded[key] = evaluation.decode(num_workers=num_workers, store_limit=store_limit)
+        images.append(decoded[key])
+    return images
 
 
 def output_names(paths: list[Path]) -> list[str]:
@@ -188,14 +223,12 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
         Evaluation(name, path, dataset=args.dataset, split=args.split, limit_eval=args.limit_eval)
         for name, path in zip(output_names(args.ckpt), args.ckpt, strict=True)
     ]
-    evaluated = []
-    for evaluation in evaluations:
-        one = evaluation.run(
-            accelerator=accelerator,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            store_limit=1e9 * args.store_limit,
-        )
+    all_images = decode_once(evaluations, num_workers=args.num_workers, store_limit=1e9 * args.store_limit)
+    evaluated, candidates = [], []
+    for evaluation, images in zip(evaluations, all_images, strict=True):
+        candidate = evaluation.run(images, accelerator=accelerator, batch_size=args.batch_size)
+        one = evaluation.result(candidate)
+        candidates.append(candidate)
         evaluated.append(one)
         if accelerator.is_main_process:
             report.write_evaluation(traces, one)
@@ -203,12 +236,14 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
         print(
             f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, "
             f"{one.row['num_samples']:,} images: "
-            f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}"
+            f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}",
+            flush=True,
         )
     if accelerator.is_main_process:
         write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
+        print("\n".join(write_comparison(traces, candidates, accelerator)))
     print(
-        "metrics, classification reports, confusion matrices, predictions and model_comparison.txt "
-        f"are in {traces}"
+        "metrics.csv, reports, confusion matrices, predictions, pairs.csv, class_metrics.csv, "
+        f"label_suspects.csv and model_comparison.txt are in {traces}"
     )
     return 0
