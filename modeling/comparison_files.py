@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from modeling import comparison_text, page
+from modeling import comparison_text, cost, page
 from modeling.analysis import analyse
 from modeling.answers import Answers, Model, summarize
 from modeling.compare import compare
@@ -102,7 +102,12 @@ def measure_costs(candidates: Sequence[Candidate], accelerator: Accelerator) -> 
         why_no_speed = "several processes shared the machine"
     else:
         with accelerator.autocast():
-            speeds = measure_speed([candidate.model for candidate in candidates], sizes, device=device)
+            speeds = measure_speed(
+                [candidate.model for candidate in candidates],
+                sizes,
+                device=device,
+                round_seconds=cost.ROUND_SECONDS,
+            )
     by_name = {}
     for candidate, size, speed in zip(candidates, sizes, speeds, strict=True):
         by_name[candidate.name] = Cost(

@@ -76,7 +76,7 @@ def measure_speed(
     image_sizes: Sequence[int],
     *,
     device: torch.device,
-    round_seconds: float = ROUND_SECONDS,
+    round_seconds: float,
     num_rounds: int = NUM_ROUNDS,
 ) -> list[Speed]:
     """Time the forward pass of each model in eval mode, on images of its size in pixels.

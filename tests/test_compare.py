@@ -596,7 +596,9 @@ def test_speed_is_measured_in_rounds_in_which_the_models_take_turns():
 def test_speed_is_the_median_of_the_rounds(monkeypatch):
     times = iter([0.010, 0.5, 0.030, 0.7, 0.020, 0.6])
     monkeypatch.setattr(cost, "_seconds_of_image", lambda *arguments: next(times))
-    (found,) = cost.measure_speed([torch.nn.Identity()], [8], device=torch.device("cpu"), num_rounds=3)
+    (found,) = cost.measure_speed(
+        [torch.nn.Identity()], [8], device=torch.device("cpu"), round_seconds=0.01, num_rounds=3
+    )
     assert found == cost.Speed(
         batch_ms=pytest.approx(20), single_ms=pytest.approx(600), spread=pytest.approx(3)
     )

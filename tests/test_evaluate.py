@@ -6,7 +6,7 @@ import shutil
 import datasets
 import pytest
 import torch
-from conftest import assert_refused, call, make_image_folder
+from conftest import TINY, assert_refused, call, make_image_folder, scripts
 from PIL import Image
 
 from modeling.data.sources import load_source
@@ -42,6 +42,10 @@ def test_the_checkpoint_alone_is_enough(trained, tmp_path):
         "confusion_matrix_cnn_small.png",
         "classification_report_cnn_small.txt",
         "predictions_cnn_small.csv",
+        "comparison.html",
+        "pairs.csv",
+        "class_metrics.csv",
+        "label_suspects.csv",
     }
     found = predictions(tmp_path, "cnn_small")
     right = sum(line["true"] == line["predicted"] for line in found)
@@ -134,3 +138,50 @@ def test_bad_input(trained, tmp_path, monkeypatch):
     assert_refused(call("evaluate", *out), "--ckpt")
     assert_refused(call("evaluate", "--ckpt", trained.best, trained.best, *out), "same files")
     assert not (tmp_path / "out" / "traces").exists()
+
+
+def test_two_checkpoints_are_ranked_paired_and_shown_on_a_page(trained, tmp_path):
+    flags = ("--max-steps", 1, "--run-name", "worse", "--output-dir", tmp_path)
+    worse = call("train", *TINY, *flags)
+    assert worse.status == 0, worse.err
+    other = tmp_path / "checkpoints" / "worse_best.safetensors"
+    result = call("evaluate", "--ckpt", trained.best, other, "--output-dir", tmp_path)
+    assert result.status == 0, result.err
+    lines = result.out.splitlines()
+    ranking = next(number for number, line in enumerate(lines) if line.startswith("rank  model"))
+    assert lines[ranking + 1].startswith("1     cnn_small") and lines[ranking + 2].startswith("2     worse")
+    assert "cnn_small over worse: +" in result.out and ": real" in result.out
+    assert "one run of each: another seed moves a model too" in result.out
+    assert "comparison.html" in result.out
+    (pair,) = csv.DictReader((tmp_path / "traces" / "pairs.csv").open())
+    rows = {row["model"]: row for row in csv.DictReader((tmp_path / "traces" / "class_metrics.csv").open())}
+    assert set(rows) == {"cnn_small", "worse"}
+    scores = {row["checkpoint"]: row for row in csv.DictReader((tmp_path / "traces" / "metrics.csv").open())}
+    difference = float(scores[str(trained.best)]["accuracy"]) - float(scores[str(other)]["accuracy"])
+    assert float(pair["difference"]) == pytest.approx(difference, abs=1e-5)
+
+
+def test_checkpoints_of_one_preprocessing_decode_their_images_once(trained, tmp_path, monkeypatch):
+    decoded = []
+    original = scripts.evaluate.decode
+
+    def counted(*args, **kwargs):
+        decoded.append(args[1])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(scripts.evaluate, "decode", counted)
+    assert call("evaluate", "--ckpt", trained.best, trained.final, "--output-dir", tmp_path).status == 0
+    assert decoded == ["test"]
+
+
+def test_logits_that_are_not_finite_are_refused_by_the_name_of_the_checkpoint(trained, tmp_path, monkeypatch):
+    original = scripts.evaluate.predict
+
+    def poisoned(*args, **kwargs):
+        predictions = original(*args, **kwargs)
+        predictions.logits[3, 2] = float("nan")
+        return predictions
+
+    monkeypatch.setattr(scripts.evaluate, "predict", poisoned)
+    result = call("evaluate", "--ckpt", trained.best, "--output-dir", tmp_path)
+    assert_refused(result, str(trained.best), "NaN or infinite logits")
