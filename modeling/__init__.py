@@ -23,6 +23,8 @@ run/              files (every file name of a run), lock (one owner), checkpoint
                   precision)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
+compare           ranks, pairs and runs; answers, scores, suspects, fairness, cost and stats/ are its parts
+comparison_files  what evaluate.py writes of a comparison; comparison_text, analysis, page and pages/ form it
 sanity            can the model overfit a few batches?
 cli, progress     argument types, exit status, progress bars
 hub, files        downloads from the Hugging Face hub; atomic writes and safetensors
