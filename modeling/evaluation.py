@@ -240,8 +240,10 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
             flush=True,
         )
     if accelerator.is_main_process:
-        write_text(traces / "model_comparison.txt", report.compare_evaluations(evaluated))
-        print("\n".join(write_comparison(traces, candidates, accelerator)))
+        lines = "\n".join(write_comparison(traces, candidates, accelerator))
+        tables = report.compare_evaluations(evaluated)
+        write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")
+        print(lines)
     print(
         "metrics.csv, reports, confusion matrices, predictions, pairs.csv, class_metrics.csv, "
         f"label_suspects.csv and model_comparison.txt are in {traces}"

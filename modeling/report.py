@@ -30,6 +30,8 @@ CSV_COLUMNS = (
     "trainable_parameters",
 )
 _NUMBERED_CELLS = 30  # with more classes the cells show only colours
+MOST_PROBABILITIES = 5_000_000  # in predictions_*.csv, some 50 MB; with more, only the largest of each image
+NUM_TOP = 5
 
 
 @dataclass
@@ -161,20 +163,29 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
 
 
 def _predictions_csv(one: Evaluated) -> str:
-    """Return one CSV row per image: its row in the split, true class, predicted class, all probabilities."""
+    """Return one CSV row per image: its row in the split, true class, predicted class, all probabilities.
+
+    With more than MOST_PROBABILITIES of them, only the NUM_TOP largest of each image are written.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["index", "true", "predicted", *one.classes])
-    images = zip(
-        one.predictions.rows.tolist(),
-        one.predictions.labels.tolist(),
-        one.predictions.predicted.tolist(),
-        one.predictions.probabilities.tolist(),
-        strict=True,
-    )
-    for row, true, predicted, probabilities in images:
+    probabilities = one.predictions.probabilities
+    is_large = probabilities.numel() > MOST_PROBABILITIES
+    if is_large:
+        probabilities, top_classes = probabilities.topk(NUM_TOP, dim=1)
+        top_columns = [f"{kind}{place}" for place in range(1, NUM_TOP + 1) for kind in ("class", "p")]
+        writer.writerow(["index", "true", "predicted", *top_columns])
+    else:
+        writer.writerow(["index", "true", "predicted", *one.classes])
+    for i, row in enumerate(one.predictions.rows.tolist()):
+        true, predicted = int(one.predictions.labels[i]), int(one.predictions.predicted[i])
         cells = [row, one.classes[true], one.classes[predicted]]
-        cells += [f"{probability:.6g}" for probability in probabilities]
+        texts = [f"{probability:.6g}" for probability in probabilities[i].tolist()]
+        if is_large:
+            for number, text in zip(top_classes[i].tolist(), texts, strict=True):
+                cells += [one.classes[number], text]
+        else:
+            cells += texts
         writer.writerow(cells)
     return out.getvalue()
 

@@ -140,3 +140,16 @@ def test_tables_align():
         "a              12.3   1,234,567",
         "long name       7.0           1",
     ]
+
+
+def test_the_predictions_of_many_classes_keep_the_five_largest_probabilities(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MOST_PROBABILITIES", 1000)
+    one = evaluated(n=200)
+    report.write_evaluation(tmp_path, one)
+    rows = read_csv(tmp_path / "predictions_run.csv")
+    assert len(rows) == 200
+    for row, probabilities in zip(rows, one.predictions.probabilities, strict=True):
+        values, numbers = probabilities.topk(5)
+        assert [row[f"class{place}"] for place in range(1, 6)] == [ODD[number] for number in numbers]
+        written = [float(row[f"p{place}"]) for place in range(1, 6)]
+        assert written == pytest.approx(values.tolist(), rel=1e-5)
