@@ -9,6 +9,7 @@ PNG keeps every pixel as it is. manifest.json holds the counts and the SHA-256 o
 To finish an export that was stopped, run the same command again.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -17,13 +18,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 
 from modeling import cli
 from modeling.data import decoding
-from modeling.data.sources import default_val_fraction, load_source, select_rows
+from modeling.data.division import select_rows
+from modeling.data.folders import encode_class
+from modeling.data.known import default_val_fraction
+from modeling.data.sources import NO_CHOICES, Choices, load_source
 from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
@@ -31,7 +34,6 @@ from modeling.run.launch import num_cores, refuse_processes
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
-RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
 def build_parser() -> cli.Parser:
@@ -54,6 +56,7 @@ def build_parser() -> cli.Parser:
         default=42,
         help="seed of the random division into train and val (default: 42)",
     )
+    cli.add_data_choices(parser)
     outputs = parser.add_argument_group("output")
     outputs.add_argument(
         "--output-dir",
@@ -76,20 +79,6 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def class_folder(name: str) -> str:
-    """Return a class's folder name. Characters that paths or patterns cannot hold are percent-encoded.
-
-    A leading dot, underscore or space is encoded too. Example: "a/b" gives "a%2Fb".
-    """
-    encoded = ""
-    for character in name:
-        is_reserved = character in RESERVED_CHARACTERS or ord(character) < 32
-        encoded += quote(character, safe="") if is_reserved else character
-    if encoded.startswith((".", "_", " ")):
-        return f"%{ord(encoded[0]):02X}{encoded[1:]}"
-    return encoded
-
-
 def export_to_imagefolder(
     dataset: str,
     output_dir: str | Path,
@@ -97,6 +86,8 @@ def export_to_imagefolder(
     val_fraction: float | None = None,
     seed: int = 42,
     num_workers: int = 1,
+    skip_bad_images: bool = False,
+    choices: Choices = NO_CHOICES,
 ) -> dict[str, Any]:
     """Write train/, val/ and, where the dataset has one, test/ under output_dir, and return the manifest.
 
@@ -104,9 +95,10 @@ def export_to_imagefolder(
     UserError: the folder holds something else, or an image cannot be decoded.
     """
     output_dir = Path(output_dir)
-    source = load_source(dataset)
+    source = load_source(dataset, choices)
+    print(source.describe(), flush=True)
     val_fraction = val_fraction or default_val_fraction(dataset)
-    folders = {name: class_folder(name) for name in source.classes}
+    folders = {name: encode_class(name) for name in source.classes}
     settings = {
         "format_version": 1,
         "dataset": source.name,
@@ -114,6 +106,7 @@ def export_to_imagefolder(
         "seed": seed,
         "val_fraction": val_fraction,
         "classes": folders,
+        "read": source.to_json(),
     }
     splits = ["train", "validation"]
     if "test" in source.splits:
@@ -126,14 +119,22 @@ def export_to_imagefolder(
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
+    skipped: list[str] = []
+    read_image = decoding.read_image
+    if skip_bad_images:
+        read_image = functools.partial(decoding.none_if_bad, decoding.read_image)
     num_images = sum(len(rows) for _, rows in parts.values())
     with Progress(num_images, "exporting") as progress:
         for split, (source_split, rows) in parts.items():
             names = [source.classes[label] for label in source.labels(source_split)[rows].tolist()]
             counted = Counter(names)
             counts[FOLDERS[split]] = {name: counted[name] for name in source.classes}
-            images = source.encoded(source_split).map(decoding.read_image, rows.tolist(), num_workers)
+            images = source.encoded(source_split).map(read_image, rows.tolist(), num_workers)
             for name, row, image in zip(names, rows.tolist(), images, strict=True):
+                if image is None:
+                    skipped.append(source.splits[source_split].files[row] or f"row {row} of {source_split}")
+                    counts[FOLDERS[split]][name] -= 1
+                    continue
                 relative = f"{FOLDERS[split]}/{folders[name]}/{row:06d}.png"
                 buffer = io.BytesIO()
                 image.save(buffer, format="PNG")
@@ -145,7 +146,7 @@ def export_to_imagefolder(
             f"{output_dir} holds {len(stale)} files that are not of this export, "
             f"such as {stale[0]}: remove them"
         )
-    manifest = {**settings, "complete": True, "counts": counts, "files": files}
+    manifest = {**settings, "complete": True, "counts": counts, "skipped": skipped, "files": files}
     write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
 
@@ -256,6 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         val_fraction=args.val_fraction,
         seed=args.seed,
         num_workers=args.num_workers,
+        skip_bad_images=args.skip_bad_images,
+        choices=Choices.of(vars(args)),
     )
     totals = []
     for folder, count_by_class in manifest["counts"].items():

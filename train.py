@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from modeling import cli, models, randomness
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
-from modeling.data.sources import stratified
+from modeling.data.stratified import stratified
 from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression
 from modeling.run import checkpoint, lock, preemption, state
@@ -44,7 +44,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("the usual").add_argument
     add("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
-    add("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a folder (default: stl10)")
+    add(
+        "--dataset",
+        default="stl10",
+        help="stl10, cifar10, digits, a hub id, folder or table (default: stl10)",
+    )
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
     add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
@@ -78,6 +82,7 @@ def build_parser() -> cli.Parser:
     add("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
     add("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on subsets of N images")
 
+    cli.add_data_choices(parser)
     add = parser.add_argument_group(
         "resuming (a state is saved after each epoch and on signals)"
     ).add_argument

@@ -108,6 +108,23 @@ def add_hardware_group(parser: Parser) -> None:
     )
 
 
+def add_data_choices(parser: Parser) -> None:
+    """Add the flags that choose where a dataset can be read in several ways. None: found out."""
+    group = parser.add_argument_group("reading the dataset (default: found out, see docs/data.md)")
+    group.add_argument(
+        "--dataset-config", metavar="NAME", help="configuration, where the dataset has several"
+    )
+    group.add_argument("--image-column", metavar="NAME", help="column of images, or of their file names")
+    group.add_argument("--label-column", metavar="NAME", help="column of class labels")
+    group.add_argument("--train-split", metavar="NAME", help="split or folder to train on")
+    group.add_argument("--test-split", metavar="NAME", help="split or folder to test on")
+    group.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out images that cannot be decoded, and list them (default: off, the first is an error)",
+    )
+
+
 def check_output_dir(folder: Path, *subfolders: str) -> None:
     """Make the folder, and try to write in it and in those subfolders that exist. UserError: that fails."""
     for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):

@@ -67,7 +67,7 @@ def write_comparison(traces: Path, candidates: Sequence[Candidate], accelerator:
     write_text(traces / "pairs.csv", comparison_text.pairs_csv(comparison))
     scores = class_scores(shared.right, shared.labels, best=0)
     write_text(traces / "class_metrics.csv", comparison_text.class_metrics_csv(comparison, scores))
-    suspects = comparison_text.label_suspects_csv(analysis.suspects, shared.classes, lambda row: "")
+    suspects = comparison_text.label_suspects_csv(analysis.suspects, shared.classes, images.file_of)
     write_text(traces / "label_suspects.csv", suspects)
     size = len(html.encode()) / 1e6
     return [

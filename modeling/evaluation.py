@@ -8,9 +8,11 @@ from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
 from modeling.comparison_files import Candidate, write_comparison
+from modeling.data.division import select_rows, split_digests_differ
+from modeling.data.folders import SPLITS
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
-from modeling.data.sources import SPLITS, Source, load_source, select_rows
+from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
 from modeling.engine import predict
 from modeling.errors import UserError
 from modeling.files import write_text
@@ -35,7 +37,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     inputs.add_argument(
         "--dataset",
-        help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: the checkpoint's)",
+        help="stl10, cifar10, digits, a hub id (@REVISION), a folder or a table (default: the checkpoint's)",
     )
     inputs.add_argument(
         "--split",
@@ -48,6 +50,12 @@ def build_parser(description: str = "") -> cli.Parser:
         metavar="N",
         help="evaluate a stratified subset of N images (default: all images)",
     )
+    inputs.add_argument(
+        "--force",
+        action="store_true",
+        help="evaluate on validation even if the images changed since training (default: off, refuse)",
+    )
+    cli.add_data_choices(parser)
     outputs = parser.add_argument_group("evaluation and output")
     outputs.add_argument(
         "--batch-size",
@@ -66,11 +74,13 @@ def build_parser(description: str = "") -> cli.Parser:
 
 
 def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> list[int]:
-    """Return the checkpoint's number of each class of the dataset. Classes are matched by name.
+    """Return the checkpoint's number of each class of the dataset, -1 for a class that no image has.
 
-    UserError: the checkpoint lacks a class of the dataset.
+    Classes are matched by name. UserError: images have a class that the checkpoint lacks.
     """
-    unknown = [name for name in source.classes if name not in checkpoint_classes]
+    number = {name: i for i, name in enumerate(checkpoint_classes)}
+    used = set().union(*(split.labels.unique().tolist() for split in source.splits.values()))
+    unknown = [source.classes[i] for i in sorted(used) if source.classes[i] not in number]
     if unknown:
         noun = "classes" if len(unknown) > 1 else "class"
         raise UserError(
@@ -80,11 +90,13 @@ def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> 
         )
     if source.classes != checkpoint_classes:
         message = f"{source.name} has its classes in another order or number than {path}: matched by name"
-        absent = [name for name in checkpoint_classes if name not in source.classes]
+        known = set(source.classes)
+        absent = [name for name in checkpoint_classes if name not in known]
         if absent:
-            message += f"; it lacks {', '.join(map(repr, absent))}"
+            more = f", ... {len(absent) - 5} more" if len(absent) > 5 else ""
+            message += f"; it lacks {', '.join(map(repr, absent[:5]))}{more}"
         print(message)
-    return [checkpoint_classes.index(name) for name in source.classes]
+    return [number.get(name, -1) for name in source.classes]
 
 
 class Evaluation:
@@ -98,33 +110,65 @@ class Evaluation:
         dataset: str | None,
         split: str | None,
         limit_eval: int | None,
+        choices: Choices,
+        force: bool,
     ):
-        self.name = name
         self.path = path
         self.header = checkpoint.read_header(path)
-        trained_on = self.header["dataset"]
-        own_dataset = trained_on["name"]
-        if trained_on["revision"]:
-            own_dataset += f"@{trained_on['revision']}"
-        self.source = load_source(dataset or own_dataset)
+        trained_on, trained = self.header["dataset"], self.header["arguments"]
+        self.source = self._load(dataset, choices)
         self.class_numbers = match_classes(path, self.header["classes"], self.source)
-        self.split = split or ("test" if "test" in self.source.splits else "validation")
-        trained = self.header["arguments"]
+        changed = split_digests_differ(self.source, trained_on)
+        is_own = changed is None or self.source.name == trained_on["name"]
+        default_split = self._default_split(is_own)
+        self.split = split or default_split
+        # Only the images that were divided in training are divided here: else validation would hold images
+        # that were trained on.
+        divides = is_own and "validation" not in self.source.splits
+        if divides and changed and self.split == "validation" and not force:
+            raise UserError(
+                f"{self.source.name} changed since {path} was trained: {changed}. Its validation images may "
+                "have been trained on: give other images with --dataset, or --force"
+            )
+        self.name = name
+        if self.split != default_split or not is_own:
+            self.name += f"_{self.split}"
+        if not is_own:
+            self.name += f"_{models.file_name(Path(self.source.name).name)}"
         self.source_split, self.rows = select_rows(
             self.source,
             self.split,
-            val_fraction=trained["val_fraction"],
+            val_fraction=trained["val_fraction"] if divides else 0.0,
             seed=trained["seed"],
             limit_train=limit_eval,
             limit_eval=limit_eval,
         )
+
+    def _load(self, dataset: str | None, choices: Choices) -> Source:
+        """Load the dataset: by default the checkpoint's, read as in training."""
+        trained_on = self.header["dataset"]
+        own_dataset = trained_on["name"]
+        if trained_on["revision"]:
+            own_dataset += f"@{trained_on['revision']}"
+        if dataset in (None, own_dataset) and choices == NO_CHOICES:
+            choices = Choices(**trained_on["read"]["choices"])
+        return load_source(dataset or own_dataset, choices)
+
+    def _default_split(self, is_own: bool) -> str:
+        """Test where there is one, else validation. Of another dataset without them, all there is."""
+        splits = self.source.splits
+        if "test" in splits:
+            return "test"
+        if "validation" in splits or is_own:
+            return "validation"
+        return "train"
 
     @property
     def dataset(self) -> str:
         """The dataset's name, with the revision where there is one."""
         return self.source.name + (f"@{self.source.revision}" if self.source.revision else "")
 
-    def decode(self, *, num_workers: int, store_limit: float) -> Images:
+    def decode(self, *, num_workers: int, store_limit: float, skip_bad_images: bool) -> Images:
         """Decode the images. `store_limit` is in bytes."""
         return decode(
             self.source,
@@ -133,6 +177,7 @@ class Evaluation:
             image_size=self.header["preprocessing"]["image_size"],
             num_workers=num_workers,
             store_limit=store_limit,
+            skip_bad_images=skip_bad_images,
             progress=Progress,
         )
 
@@ -181,10 +226,14 @@ class Evaluation:
             "parameters": parameters,
             "trainable_parameters": trainable,
         }
-        return report.Evaluated(self.name, row, candidate.predictions, self.header["classes"])
+        return report.Evaluated(
+            self.name, row, candidate.predictions, self.header["classes"], candidate.images.file_of
+        )
 
 
-def decode_once(evaluations: list[Evaluation], *, num_workers: int, store_limit: float) -> list[Images]:
+def decode_once(
+    evaluations: list[Evaluation], *, num_workers: int, store_limit: float, skip_bad_images: bool
+) -> list[Images]:
     """Decode the images of each evaluation. Those that need the same images share them."""
     decoded: dict[tuple, Images] = {}
     images = []
@@ -192,24 +241,32 @@ def decode_once(evaluations: list[Evaluation], *, num_workers: int, store_limit:
         side = evaluation.header["preprocessing"]["image_size"]
         key = (id(evaluation.source), evaluation.source_split, tuple(evaluation.rows.tolist()), side)
         if key not in decoded:
-            decoded[key] = evaluation.decode(num_workers=num_workers, store_limit=store_limit)
+            decoded[key] = evaluation.decode(
+                num_workers=num_workers, store_limit=store_limit, skip_bad_images=skip_bad_images
+            )
+            print(evaluation.source.describe())
+            if decoded[key].skipped:
+                print(f"Skipped, cannot be decoded: {', '.join(decoded[key].skipped)}")
         images.append(decoded[key])
     return images
 
 
 def output_names(paths: list[Path]) -> list[str]:
-    """The names of the checkpoints' output files: the run's name, or the file's stem where two share a run.
+    """The names of the checkpoints' output files: the run's name where no other checkpoint has it.
 
-    UserError: two checkpoints have the same name.
+    Else the file's stem, and where these are equal too, the folders above it that tell them apart.
+    UserError: one checkpoint is given twice.
     """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("--ckpt names the same checkpoint twice: name each once")
     runs = [checkpoint.read_header(path)["arguments"]["run_name"] for path in paths]
     names = [run if runs.count(run) == 1 else path.stem for run, path in zip(runs, paths, strict=True)]
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"two checkpoints would write the same files: {', '.join(map(str, paths))}; "
-            "evaluate them one by one"
-        )
-    return names
+    for depth in range(2, 50):
+        if len(set(names)) == len(names):
+            return names
+        folders = [path.resolve().with_suffix("").parts[-depth:] for path in paths]
+        names = ["_".join(part for part in parts if part not in ("/", "checkpoints")) for parts in folders]
+    return [f"{name}_{number}" for number, name in enumerate(names, 1)]
 
 
 def main(argv: list[str] | None = None, description: str = __doc__) -> int:
@@ -220,10 +277,23 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
     cli.check_output_dir(args.output_dir, "traces")
     report.read_metrics_csv(traces / "metrics.csv")  # raises before any work if the file is not ours
     evaluations = [
-        Evaluation(name, path, dataset=args.dataset, split=args.split, limit_eval=args.limit_eval)
+        Evaluation(
+            name,
+            path,
+            dataset=args.dataset,
+            split=args.split,
+            limit_eval=args.limit_eval,
+            choices=Choices.of(vars(args)),
+            force=args.force,
+        )
         for name, path in zip(output_names(args.ckpt), args.ckpt, strict=True)
     ]
-    all_images = decode_once(evaluations, num_workers=args.num_workers, store_limit=1e9 * args.store_limit)
+    all_images = decode_once(
+        evaluations,
+        num_workers=args.num_workers,
+        store_limit=1e9 * args.store_limit,
+        skip_bad_images=args.skip_bad_images,
+    )
     evaluated, candidates = [], []
     for evaluation, images in zip(evaluations, all_images, strict=True):
         candidate = evaluation.run(images, accelerator=accelerator, batch_size=args.batch_size)

@@ -17,8 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 from modeling import cli, models, recipes, report
 from modeling.cost import forward_flops
 from modeling.data.batches import Batch, training_steps
+from modeling.data.division import select_rows
 from modeling.data.images import Images, decode, native_size
-from modeling.data.sources import load_source, select_rows
+from modeling.data.sources import load_source
 from modeling.engine import StepSettings, make_inputs, train_step
 from modeling.errors import UserError
 from modeling.files import atomic_write, write_text

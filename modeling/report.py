@@ -3,7 +3,7 @@
 import csv
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,16 @@ NUM_TOP = 5
 
 @dataclass
 class Evaluated:
-    """One evaluated checkpoint. `name` is part of its file names, `row` is its row of metrics.csv."""
+    """One evaluated checkpoint. `name` is part of its file names, `row` is its row of metrics.csv.
+
+    file_of gives the file of a row of the dataset's split, "" where it has none.
+    """
 
     name: str
     row: dict[str, Any]
     predictions: Predictions
     classes: list[str]
+    file_of: Callable[[int], str]
 
 
 # How columns look in a table: heading and decimals. Others keep their name, and floats have four.
@@ -163,7 +167,7 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
 
 
 def _predictions_csv(one: Evaluated) -> str:
-    """Return one CSV row per image: its row in the split, true class, predicted class, all probabilities.
+    """Return one CSV row per image: row in the split, file, true and predicted class, all probabilities.
 
     With more than MOST_PROBABILITIES of them, only the NUM_TOP largest of each image are written.
     """
@@ -174,12 +178,13 @@ def _predictions_csv(one: Evaluated) -> str:
     if is_large:
         probabilities, top_classes = probabilities.topk(NUM_TOP, dim=1)
         top_columns = [f"{kind}{place}" for place in range(1, NUM_TOP + 1) for kind in ("class", "p")]
-        writer.writerow(["index", "true", "predicted", *top_columns])
+        writer.writerow(["index", "file", "true", "predicted", *top_columns])
     else:
-        writer.writerow(["index", "true", "predicted", *one.classes])
+        # "p(...)" keeps a class that is called "file" or "true" apart from the other columns.
+        writer.writerow(["index", "file", "true", "predicted", *(f"p({name})" for name in one.classes)])
     for i, row in enumerate(one.predictions.rows.tolist()):
         true, predicted = int(one.predictions.labels[i]), int(one.predictions.predicted[i])
-        cells = [row, one.classes[true], one.classes[predicted]]
+        cells = [row, one.file_of(row), one.classes[true], one.classes[predicted]]
         texts = [f"{probability:.6g}" for probability in probabilities[i].tolist()]
         if is_large:
             for number, text in zip(top_classes[i].tolist(), texts, strict=True):

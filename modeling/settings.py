@@ -31,6 +31,12 @@ class Settings:
     val_fraction: float
     limit_train: int
     limit_eval: int
+    dataset_config: str
+    image_column: str
+    label_column: str
+    train_split: str
+    test_split: str
+    skip_bad_images: bool
 
     epochs: int
     max_steps: int
@@ -136,6 +142,12 @@ def resolve(
         val_fraction=val_fraction,
         limit_train=flags["limit_train"] or 0,
         limit_eval=flags["limit_eval"] or 0,
+        dataset_config=flags["dataset_config"] or "",
+        image_column=flags["image_column"] or "",
+        label_column=flags["label_column"] or "",
+        train_split=flags["train_split"] or "",
+        test_split=flags["test_split"] or "",
+        skip_bad_images=flags["skip_bad_images"],
         epochs=math.ceil(total_steps / steps_per_epoch),
         max_steps=flags["max_steps"] or 0,
         steps_per_epoch=steps_per_epoch,

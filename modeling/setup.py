@@ -10,8 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from modeling import models, randomness, recipes
-from modeling.data.images import Images, decode, native_size
-from modeling.data.sources import Source, default_val_fraction, is_stl10, load_source, select_rows
+from modeling.data.division import division_digest, select_rows
+from modeling.data.images import Images, count_duplicates, decode, native_size
+from modeling.data.known import default_val_fraction, is_stl10
+from modeling.data.sources import Choices, Source, load_source
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
 from modeling.errors import UserError
 from modeling.models.weights import Weights
@@ -47,17 +49,24 @@ def load_images(
             image_size=image_size,
             num_workers=flags["num_workers"],
             store_limit=1e9 * flags["store_limit"],
+            skip_bad_images=flags["skip_bad_images"],
             progress=Progress,
         )
     return images
 
 
-def warn_of_untrained_classes(source: Source, train: Images) -> None:
-    trained = set(train.labels.tolist())
-    untrained = [repr(name) for number, name in enumerate(source.classes) if number not in trained]
-    if untrained:
-        more = " ..." if len(untrained) > 5 else ""
-        print(f"No training image has the class {', '.join(untrained[:5])}{more}.")
+def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
+    """Say which classes have no image in a split, which images are skipped, and which are in two splits."""
+    for split, of_split in images.items():
+        present = set(of_split.labels.tolist())
+        absent = [repr(name) for number, name in enumerate(source.classes) if number not in present]
+        if absent:
+            more = f", ... {len(absent) - 5} more" if len(absent) > 5 else ""
+            print(f"No {split} image has the class {', '.join(absent[:5])}{more}.")
+        if of_split.skipped:
+            print(f"{len(of_split.skipped)} {split} images cannot be decoded and are skipped.")
+        if split != "train" and (count := count_duplicates(images["train"], of_split)):
+            print(f"{count} of {len(of_split)} {split} images have the same pixels as a training image.")
 
 
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
@@ -105,10 +114,15 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     # Data: the model's weights decide the image size, which decides how large the images are kept.
     weights = models.find_weights(flags["model"], flags["weights"])
     image_size = flags["image_size"] or models.default_image_size(flags["model"], weights)
-    source = load_source(flags["dataset"])
+    source = load_source(flags["dataset"], Choices.of(flags))
+    print(source.describe(), flush=True)
+    if len(source.classes) < 2:
+        raise UserError(
+            f"{source.name} has only the class {source.classes[0]!r}: a classifier needs at least two"
+        )
     val_fraction = flags["val_fraction"] or default_val_fraction(flags["dataset"])
     images = load_images(source, flags, image_size=image_size, val_fraction=val_fraction)
-    warn_of_untrained_classes(source, images["train"])
+    say_what_is_odd(source, images)
     image_size = image_size or choose_image_size(
         recipe=flags["recipe"], dataset=flags["dataset"], images=images["train"]
     )
@@ -196,7 +210,13 @@ def prepare_run(
         classes=source.classes,
         preprocessing=step_settings.preprocessing,
         arguments=settings.recorded(),
-        dataset={"name": source.name, "revision": source.revision, "train_sha256": fingerprint},
+        dataset={
+            "name": source.name,
+            "revision": source.revision,
+            "train_sha256": fingerprint,
+            "division_sha256": division_digest(source),
+            "read": source.to_json(),
+        },
         weights=weights,
     )
     return Run(

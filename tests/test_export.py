@@ -10,8 +10,10 @@ import torch
 from conftest import assert_refused, call, make_image_folder, scripts
 from PIL import Image
 
+from modeling.data.division import select_rows
+from modeling.data.folders import encode_class
 from modeling.data.images import decode
-from modeling.data.sources import load_source, select_rows
+from modeling.data.sources import load_source
 
 export_data = scripts.export_data
 
@@ -164,7 +166,7 @@ def test_a_failed_second_export_leaves_the_first_and_its_manifest(tmp_path):
 
 
 def test_names_that_a_path_cannot_hold_are_encoded():
-    assert [export_data.class_folder(name) for name in ("a/b", "..", ".", "x\\y", "50%", "plain")] == [
+    assert [encode_class(name) for name in ("a/b", "..", ".", "x\\y", "50%", "plain")] == [
         "a%2Fb",
         "%2E.",
         "%2E",

@@ -7,8 +7,10 @@ import torch
 from conftest import make_image_folder
 from PIL import Image
 
+from modeling.data.division import select_rows
 from modeling.data.images import decode
-from modeling.data.sources import load_source, select_rows, stratified
+from modeling.data.sources import load_source
+from modeling.data.stratified import stratified
 
 
 def ramp(height=24, width=16):
@@ -48,7 +50,7 @@ def test_parquet_and_image_folder_are_read_by_features_not_by_names(tmp_path):
     (tmp_path / "p").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "p" / "train.parquet")
     source = load_source(str(tmp_path / "p"))
-    assert (source.image_column, source.label_column, source.classes) == ("photo", "tag", ["x", "y"])
+    assert (source.columns, source.classes) == (("photo", "tag"), ["x", "y"])
     images = decode(source, "train", torch.tensor([0, 2]), image_size=None, num_workers=1)
     assert torch.equal(images.gather(torch.tensor([1]))[0][0], torch.from_numpy(ramp() + 2).permute(2, 0, 1))
     assert images.labels.tolist() == [1, 1]
@@ -65,11 +67,11 @@ def test_parquet_and_image_folder_are_read_by_features_not_by_names(tmp_path):
 @pytest.mark.parametrize(
     "counts, message",
     [
-        ({}, "no dataset could be read"),
-        ({"train": {"only": 3}}, "class"),
-        ({"train": {}}, "no dataset could be read"),
+        ({}, "holds no images: it is empty"),
+        ({"train": {}}, "holds no images"),
+        ({"train": {".": 3}}, "holds 3 images but no class folders"),
     ],
-    ids=["empty", "one class", "no classes"],
+    ids=["empty", "no classes", "flat"],
 )
 def test_a_useless_folder_is_refused(tmp_path, counts, message):
     folder = tmp_path / "images"
@@ -132,7 +134,7 @@ def test_split_folders_in_any_case_and_never_two_for_one_split(tmp_path):
         load_source(str(folder))
 
 
-def test_classes_called_as_splits_are_classes(tmp_path, capsys):
+def test_classes_called_as_splits_are_classes(tmp_path):
     make_image_folder(tmp_path / "flat", {".": {"test": 3, "zz": 4}})
     source = load_source(str(tmp_path / "flat"))
     assert (source.classes, {split: len(rows) for split, rows in source.splits.items()}) == (
@@ -145,16 +147,17 @@ def test_classes_called_as_splits_are_classes(tmp_path, capsys):
         ["a", "test"],
         {"train": 7},
     )
-    assert "left out: spare" in capsys.readouterr().out
+    assert "left out: 1 folder spare" in source.describe()
 
 
-def test_a_split_without_labels_is_left_out_and_said_so(tmp_path, capsys):
+def test_a_split_without_labels_is_left_out_and_said_so(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y"])})
     for split, labels in (("train", [0, 1, 1]), ("test", [-1, -1, -1])):
         rows = {"image": [Image.fromarray(ramp())] * 3, "label": labels}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    assert set(load_source(str(tmp_path)).splits) == {"train"}
-    assert "Split test" in capsys.readouterr().out
+    source = load_source(str(tmp_path))
+    assert set(source.splits) == {"train"}
+    assert "left out: 3 images of test (without labels)" in source.describe()
     rows["label"] = [0, 1, -1]
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match="row 2 of split test has no label"):

@@ -13,9 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modeling import setup
 from modeling.data import decoding
+from modeling.data.division import select_rows
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
-from modeling.data.sources import load_source, select_rows
+from modeling.data.sources import load_source
 from modeling.run import checkpoint
 
 

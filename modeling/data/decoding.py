@@ -4,17 +4,17 @@ import collections
 import contextlib
 import functools
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
+from modeling.data.folders import raster_formats
 from modeling.errors import UserError
 
 
@@ -23,13 +23,43 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     UserError: the pixels are floating-point numbers.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
         image = Image.fromarray((pixels.clip(0, 65535) / 257).round().astype(np.uint8))
     elif image.mode == "F":
         raise UserError("floating-point pixels have no known range: convert the image to 8 or 16 bits")
     return image.convert("RGB")
+
+
+_warned_of_12_bits: list[str] = []  # the image that was warned about
+
+# What an EXIF orientation asks for, to turn the image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """Read the EXIF orientation, 1 to 8. EXIF that cannot be read is 1: the pixels are used as stored."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises nearly anything on broken EXIF
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says. Pillow has already turned a TIFF when it loads it."""
+    image.load()
+    orientation = _orientation(image)
+    return image.transpose(_TURNS[orientation]) if orientation != 1 else image
 
 
 @contextlib.contextmanager
@@ -42,7 +72,9 @@ def _open(cell: dict, described_as: str) -> Iterator[Image.Image]:
     try:
         if cell["bytes"] is None and cell["path"] is None:
             raise UserError("the image is missing")
-        with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]) as image:
+        file = io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"]
+        # Only raster formats: Pillow would run Ghostscript on an EPS file, whatever its name.
+        with Image.open(file, formats=raster_formats()) as image:
             yield image
     except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
         path = cell["path"] or ""
@@ -53,7 +85,21 @@ def _open(cell: dict, described_as: str) -> Iterator[Image.Image]:
 def read_image(cell: dict, described_as: str) -> Image.Image:
     """Decode one cell of an undecoded image column. UserError: it cannot be decoded (see _open)."""
     with _open(cell, described_as) as image:
+        if image.mode.startswith("I"):
+            _warn_of_12_bits(image, cell["path"] or described_as)
         return to_rgb(image)
+
+
+def _warn_of_12_bits(image: Image.Image, name: str) -> None:
+    """Say once that 16-bit pixels which fill only 12 bits will look nearly black."""
+    brightest = int(np.asarray(image).max())
+    if 255 < brightest < 4096 and not _warned_of_12_bits:
+        _warned_of_12_bits.append(name)
+        print(
+            f"The 16-bit image {name} has no value above {brightest}, as 12-bit data: it will look nearly "
+            "black. Scale such images to 16 bits first.",
+            flush=True,
+        )
 
 
 def reduced_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
@@ -74,18 +120,20 @@ def reduced(image: Image.Image, short_side: int) -> Image.Image:
 def read_size(cell: dict, described_as: str) -> tuple[int, int]:
     """Read width and height of an upright image from its file's header. UserError: unreadable."""
     with _open(cell, described_as) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         # Orientations 5 to 8 swap width and height. Pillow has already turned a TIFF when it opens it.
-        turned = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+        turned = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
 
 
+@dataclass
 class Encoded:
-    """The encoded images of one split. `place` names the split in error messages."""
+    """The encoded images of one split. cells(rows) gives {"bytes", "path"} of each row, one of them None.
 
-    def __init__(self, dataset: datasets.Dataset, column: str, place: str):
-        raw = dataset.cast_column(column, datasets.Image(decode=False))
-        self.cells, self.column, self.place = raw.select_columns([column]), column, place
+    `place` names the split in error messages.
+    """
+
+    cells: Callable[[Sequence[int]], list[dict[str, Any]]]
+    place: str
 
     def map(self, read: Callable[[dict, str], Any], rows: Iterable[int], num_workers: int) -> Iterator[Any]:
         """Yield read(cell, described_as) of each row, in order, with num_workers threads (0: none)."""
@@ -93,10 +141,8 @@ class Encoded:
         with ThreadPoolExecutor(num_workers or 1) as pool:
             for start in range(0, len(rows), 64):
                 chunk = rows[start : start + 64]
-                cells = self.cells[chunk][self.column]
-                yield from (pool.map if num_workers else map)(
-                    read, cells, [f"row {row} of {self.place}" for row in chunk]
-                )
+                described = [f"row {row} of {self.place}" for row in chunk]
+                yield from (pool.map if num_workers else map)(read, self.cells(chunk), described)
 
 
 @dataclass
@@ -116,6 +162,26 @@ class Decoder:
 def read_reduced(cell: dict, described_as: str, *, short_side: int) -> Image.Image:
     """Decode an image and shrink it to `short_side`."""
     return reduced(read_image(cell, described_as), short_side)
+
+
+def kept_size(cell: dict, described_as: str, *, short_side: int) -> tuple[int, int]:
+    """Read height and width that an image will have when it is shrunk to `short_side`."""
+    width, height = reduced_size(read_size(cell, described_as), short_side)
+    return height, width
+
+
+def none_if_bad(read: Callable, cell: dict, described_as: str) -> Image.Image | None:
+    """Decode an image by `read`, or give None if it cannot be decoded."""
+    try:
+        return read(cell, described_as)
+    except UserError:
+        return None
+
+
+def size_if_good(read_or_none: Callable, cell: dict, described_as: str) -> tuple[int, int]:
+    """Give height and width of an image that can be decoded, else (0, 0)."""
+    image = read_or_none(cell, described_as)
+    return (image.height, image.width) if image is not None else (0, 0)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -1,189 +1,326 @@
-"""From a name, a hub id or a folder to a dataset: its splits, columns and classes."""
+"""From a name, a hub id, a folder or a table to a dataset: its splits, classes and what was left out."""
 
-import errno
-import glob
+import io
+import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
 
 from modeling import randomness
-from modeling.data import decoding
+from modeling.data import decoding, folders, parquet, tables
+from modeling.data.folders import SPLITS
+from modeling.data.known import Known, find_known
+from modeling.data.stratified import stratified
 from modeling.errors import UserError
 from modeling.hub import download
 
 
 @dataclass(frozen=True)
-class Known:
-    """A dataset that has a short name.
+class Choices:
+    """What the user chose where a dataset can be read in several ways. None: not chosen."""
 
-    hub_id is None where the dataset does not come from the hub. classes (in any order) and side (height and
-    width in pixels) are what the dataset must have. val_fraction is the default share of train for
-    validation.
+    image_column: str | None = None
+    label_column: str | None = None
+    dataset_config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "Choices":
+        """Take the choices out of parsed flags."""
+        return cls(
+            image_column=flags["image_column"],
+            label_column=flags["label_column"],
+            dataset_config=flags["dataset_config"],
+            train_split=flags["train_split"],
+            test_split=flags["test_split"],
+        )
+
+
+NO_CHOICES = Choices()
+
+
+@dataclass
+class Split:
+    """The images of one split, before decoding.
+
+    labels (N,) int64 are class numbers. files name the images: paths relative to the dataset's folder, or
+    None for an image without a file. cells(rows) gives {"bytes", "path"} of each row. fingerprint changes
+    when a file of this machine changes; it is None where the images exist in memory only. identity is equal
+    for copies: it is a digest of the files' paths and sizes.
     """
 
-    name: str
-    hub_id: str | None
-    classes: tuple[str, ...]
-    side: int
-    val_fraction: float
+    labels: torch.Tensor
+    files: Sequence[str | None]
+    cells: Callable[[Sequence[int]], list[dict[str, Any]]]
+    fingerprint: str | None
+    identity: str
 
-
-DEFAULT_VAL_FRACTION = 0.1
-
-KNOWN = (
-    Known(
-        name="digits",
-        hub_id=None,
-        classes=tuple("0123456789"),
-        side=32,
-        val_fraction=DEFAULT_VAL_FRACTION,
-    ),
-    Known(
-        name="stl10",
-        hub_id="tanganke/stl10",
-        classes=("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"),
-        side=96,
-        val_fraction=0.2,
-    ),
-    Known(
-        name="cifar10",
-        hub_id="uoft-cs/cifar10",
-        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        side=32,
-        val_fraction=DEFAULT_VAL_FRACTION,
-    ),
-)
-
-SPLITS = ("train", "validation", "test")
-
-
-_SPLIT_NAMES = {
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "training": "train",
-    "testing": "test",
-}
-
-
-def find_known(dataset: str) -> Known | None:
-    """Find a dataset in KNOWN by its short name or its hub id, with or without "@revision"."""
-    name = dataset.partition("@")[0]
-    for known in KNOWN:
-        if name in (known.name, known.hub_id):
-            return known
-    return None
-
-
-def is_stl10(dataset: str) -> bool:
-    """Tell whether a --dataset value names STL-10, by its short name or its hub id."""
-    known = find_known(dataset)
-    return known is not None and known.name == "stl10"
-
-
-def default_val_fraction(dataset: str) -> float:
-    """Give the share of train that becomes validation if the dataset has no validation split."""
-    known = find_known(dataset)
-    return known.val_fraction if known else DEFAULT_VAL_FRACTION
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass
 class Source:
-    """A dataset before decoding: its splits, classes and columns. revision is its hub commit, or None."""
+    """A dataset before decoding. revision is its hub commit, or None.
+
+    classes_from says where the classes come from, for example "folders" or "column label". columns are the
+    image and the label column, where there are any. left_out counts by kind what was not used.
+    """
 
     name: str
     revision: str | None
     classes: list[str]
-    splits: dict[str, datasets.Dataset]
-    image_column: str
-    label_column: str
+    splits: dict[str, Split]
+    classes_from: str
+    choices: Choices = NO_CHOICES
+    columns: tuple[str, str] | None = None
+    left_out: Counter = field(default_factory=Counter)
 
     def labels(self, split: str) -> torch.Tensor:
-        """Give the class number of every row, (N,) int64. UserError: a row has no label."""
-        # The split is as it was loaded: no row has moved, so the raw table has its order.
-        column = self.splits[split].data.column(self.label_column)
-        labels = torch.tensor(column.fill_null(-1).to_pylist(), dtype=torch.int64)
-        if (labels < 0).any():
-            raise UserError(
-                f"{self.name}: row {int((labels < 0).nonzero()[0])} of split {split} has no label"
-            )
-        return labels
+        """Give the class number of every row, (N,) int64."""
+        return self.splits[split].labels
 
     def encoded(self, split: str) -> decoding.Encoded:
         """Give the encoded images of a split."""
-        return decoding.Encoded(self.splits[split], self.image_column, f"split {split} of {self.name}")
+        return decoding.Encoded(self.splits[split].cells, f"split {split} of {self.name}")
 
+    def describe(self) -> str:
+        """Say in one line what was read: classes, where they come from, splits, and what was left out."""
+        names = ", ".join(self.classes[:5])
+        if len(self.classes) > 5:
+            names += f", ... {len(self.classes) - 5} more"
+        columns = f", images from column {self.columns[0]}" if self.columns else ""
+        splits = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
+        left_out = folders.describe_counts(self.left_out)
+        return f"classes {len(self.classes)}: {names} ({self.classes_from}{columns}); images: {splits}" + (
+            f"; left out: {left_out}" if left_out else ""
+        )
 
-def digits() -> datasets.DatasetDict:
-    """Give scikit-learn's 1,797 digits as 32x32 RGB, with a fixed 80/20 division into train and test."""
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    labels = torch.from_numpy(raw.target)
-    grey = [Image.fromarray((image * (255 / 16)).round().astype(np.uint8)) for image in raw.images]
-    images = [image.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB") for image in grey]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(d) for d in range(10)])}
-    )
-    test = stratified(labels, round(0.2 * len(labels)), 0, randomness.SPLIT)
-    is_test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, test, True)
-    rows = {"train": (~is_test).nonzero()[:, 0].tolist(), "test": test.tolist()}
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {"image": [images[i] for i in r], "label": raw.target[r]}, features=features
-            )
-            for split, r in rows.items()
+    def to_json(self) -> dict[str, Any]:
+        """What was read, for a checkpoint's header or a manifest: equal inputs give equal values."""
+        return {
+            "classes_from": self.classes_from,
+            "columns": list(self.columns) if self.columns else None,
+            "splits": {name: len(split) for name, split in self.splits.items()},
+            "left_out": dict(sorted(self.left_out.items())),
+            "choices": vars(self.choices),
         }
-    )
 
 
-def load_source(name: str) -> Source:
-    """Load `digits`, `stl10`, `cifar10`, a local folder (parquet or ImageFolder), or a hub id.
+def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
+    """Load `digits`, `stl10`, `cifar10`, a local folder, a table of labels, or a hub id.
 
-    The columns and classes come from the dataset's features.
-    UserError: the dataset does not exist, there is no network, or it has no images or no classes.
+    A folder holds class folders, parquet files, or a table of labels (.csv, .tsv, .jsonl).
+
+    UserError: the dataset does not exist, there is no network, it can be read in several ways, or it has no
+    images or no classes.
     """
     if name == "digits":
-        return _describe(name, digits(), revision=None)
+        return _digits()
     path = Path(name).expanduser()
     hub_id, at, revision = name.partition("@")
     known = find_known(hub_id)
     is_short_name = known is not None and name == known.name
     if path.is_dir() and not is_short_name:  # a folder called "stl10" does not hide the dataset
-        return _describe(str(path.resolve()), _load(name, _load_folder, path.resolve()), revision=None)
+        return _read_folder(path.resolve(), str(path.resolve()), None, choices)
+    if path.is_file() and path.suffix.lower() in tables.EXTENSIONS:
+        table = path.resolve()
+        return _read_tables(table.parent, [table.name], str(table), None, choices, Counter())
     if known and known.hub_id:
         hub_id = known.hub_id
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) or bool(at) != bool(revision):
         raise UserError(
             f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name or "
-            "owner/name@revision, or a folder that exists"
+            "owner/name@revision, a folder that exists, or a .csv, .tsv or .jsonl file with labels"
         )
     folder = download(hub_id, repo_type="dataset", revision=revision or None)
-    source = _describe(hub_id, _load(hub_id, datasets.load_dataset, folder), revision=folder.name)
+    source = _read_folder(folder, hub_id, folder.name, choices)
     if known and known.hub_id:
         _check_promise(source, known)
     return source
 
 
-def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
-    """Load a folder with `loader`. UserError: `datasets` cannot read it."""
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    try:
-        return loader(str(folder))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        detail = f"{error.__cause__ or error or type(error).__name__}".strip().split("\n")[0]
-        raise UserError(
-            f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files"
-        ) from error
+def _read_folder(root: Path, name: str, revision: str | None, choices: Choices) -> Source:
+    """Read a folder: parquet files if they hold images, else class folders, else a table of labels."""
+    tree = folders.scan(root)
+    parquet_files = [path for node in tree.walk() for path in node.lists if path.lower().endswith(".parquet")]
+    if parquet_files:
+        return _read_parquet(root, sorted(parquet_files), name, revision, choices, tree)
+    found = folders.find_splits(tree, name, choices.train_split, choices.test_split)
+    num_classes = len({node.name for split in found.splits.values() for node in split.children})
+    table_paths = tables.find_tables(root, tree)
+    if table_paths and num_classes < 2:
+        left_out = tree.count_left_out()
+        return _read_tables(root, table_paths, name, revision, choices, left_out)
+    if not num_classes:
+        raise UserError(_why_no_classes(tree, name))
+    if table_paths:
+        print(
+            f"The class folders of {name} are used. For the labels of {table_paths[0]}, give that file as "
+            "--dataset."
+        )
+    return _read_class_folders(root, found, name, revision, choices, tree)
+
+
+def _why_no_classes(tree: folders.Node, name: str) -> str:
+    if tree.num_images:
+        return (
+            f"{name} holds {tree.num_images:,} images but no class folders: put the images of each class "
+            "into a folder of its own, or add a table with the columns file_name and label"
+        )
+    left_out = folders.describe_counts(tree.count_left_out())
+    holds = f"only {left_out}" if left_out else "it is empty"
+    return (
+        f"{name} holds no images: {holds}; give a folder with one folder per class, parquet files, or a "
+        "table of labels (unpack archives first)"
+    )
+
+
+def _read_class_folders(
+    root: Path,
+    found: folders.FolderSplits,
+    name: str,
+    revision: str | None,
+    choices: Choices,
+    tree: folders.Node,
+) -> Source:
+    """Read splits of class folders. A split that shares no class with train has no labels and is left out."""
+    left_out: Counter = Counter()
+    if tree.files and tree not in found.splits.values():
+        left_out["images outside class folders"] += len(tree.files)
+    for folder in found.ignored:
+        left_out[f"folder {folder}"] += 1
+    files = {}
+    for split in SPLITS:
+        if split in found.splits:
+            files[split] = folders.read_split(found.splits[split], name, left_out)
+    if "train" in files:
+        for split in [split for split in files if split != "train"]:
+            if not set(files[split].classes) & set(files["train"].classes):
+                unknown = folders.describe_counts(Counter(files[split].classes))
+                left_out[f"images of {split} (without a class of train: {unknown})"] += len(
+                    files[split].paths
+                )
+                del files[split]
+    classes = sorted({class_name for one in files.values() for class_name in one.classes})
+    splits = {split: _file_split(root, one, classes) for split, one in files.items()}
+    return Source(name, revision, classes, splits, "folders", choices, None, left_out)
+
+
+def _file_split(root: Path, files: folders.ImageFiles, classes: list[str]) -> Split:
+    def cells(rows: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"bytes": None, "path": os.path.join(root, files.paths[row])} for row in rows]
+
+    return Split(
+        labels=torch.from_numpy(tables.as_numbers(files.classes, classes)),
+        files=files.paths,
+        cells=cells,
+        fingerprint=folders.digest_files(files.paths, files.stats),
+        identity=folders.digest_files(files.paths, [size for size, *_ in files.stats]),
+    )
+
+
+def _read_tables(
+    root: Path, paths: list[str], name: str, revision: str | None, choices: Choices, left_out: Counter
+) -> Source:
+    table = tables.read_tables(
+        root, paths, name, image_column=choices.image_column, label_column=choices.label_column
+    )
+    splits = {
+        split: _file_split(root, table.splits[split], table.classes)
+        for split in SPLITS
+        if split in table.splits
+    }
+    return Source(
+        name=name,
+        revision=revision,
+        classes=table.classes,
+        splits=splits,
+        classes_from=f"column {table.label_column} of {', '.join(table.tables)}",
+        choices=choices,
+        columns=(table.file_column, table.label_column),
+        left_out=left_out,
+    )
+
+
+def _read_parquet(
+    root: Path, files: list[str], name: str, revision: str | None, choices: Choices, tree: folders.Node
+) -> Source:
+    data = parquet.read_parquet(
+        root,
+        files,
+        name,
+        image_column=choices.image_column,
+        label_column=choices.label_column,
+        config=choices.dataset_config,
+        train_split=choices.train_split,
+        test_split=choices.test_split,
+    )
+    left_out: Counter = Counter()
+    for split in data.left_out:
+        left_out[f"split {split}"] += 1
+    if tree.num_images:
+        left_out["image files beside the parquet files"] += tree.num_images
+    splits = {}
+    for split, one in data.splits.items():
+        labels = torch.from_numpy(one.labels)
+        if not len(labels):
+            continue
+        if bool((labels == parquet.NO_LABEL).all()):
+            left_out[f"images of {split} (without labels)"] += len(labels)
+            continue
+        if bool((labels < 0).any()):
+            row = int((labels < 0).nonzero()[0])
+            raise UserError(f"row {row} of split {split} of {name} has no label in {data.label_column!r}")
+        splits[split] = Split(labels, one.files, one.cells, one.fingerprint, one.identity)
+    if not splits:
+        raise UserError(f"{name} has no images with labels in the column {data.label_column!r}")
+    config = f", configuration {data.config}" if data.config else ""
+    return Source(
+        name=name,
+        revision=revision,
+        classes=data.classes,
+        splits=splits,
+        classes_from=f"column {data.label_column}{config}",
+        choices=choices,
+        columns=(data.image_column, data.label_column),
+        left_out=left_out,
+    )
+
+
+def _digits() -> Source:
+    """Give scikit-learn's 1,797 digits as 32x32 RGB, with a fixed 80/20 division into train and test."""
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    labels = torch.from_numpy(raw.target)
+    cells = []
+    for pixels in raw.images:
+        grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
+        buffer = io.BytesIO()
+        grey.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    test = stratified(labels, round(0.2 * len(labels)), 0, randomness.SPLIT)
+    is_test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, test, True)
+    splits = {}
+    for split, rows in (("train", (~is_test).nonzero()[:, 0]), ("test", test)):
+        chosen = [cells[row] for row in rows.tolist()]
+        splits[split] = Split(
+            labels=labels[rows],
+            files=[None] * len(rows),
+            cells=lambda wanted, chosen=chosen: [dict(chosen[row]) for row in wanted],
+            fingerprint=None,
+            identity="digits",
+        )
+    return Source("digits", None, list("0123456789"), splits, "scikit-learn")
 
 
 def _check_promise(source: Source, known: Known) -> None:
@@ -199,113 +336,3 @@ def _check_promise(source: Source, known: Known) -> None:
             raise UserError(
                 f"{text}: name an older revision with --dataset {source.name}@REVISION, or a local folder"
             )
-
-
-def _load_folder(path: str) -> datasets.DatasetDict:
-    """Load a folder of parquet files, or an ImageFolder if there are none.
-
-    Subfolders called train, val, test and so on are the splits of an ImageFolder. Without them all is train.
-    """
-    folder = Path(path)
-    if any(folder.rglob("*.parquet")):
-        return datasets.load_dataset(str(folder))
-    splits: dict[str, Path] = {}
-    for sub in sorted(folder.iterdir()):
-        name = _SPLIT_NAMES.get(sub.name.lower(), sub.name.lower())
-        # A folder called "test" without folders in it is a class, not a split.
-        if name in SPLITS and sub.is_dir() and any(child.is_dir() for child in sub.iterdir()):
-            if name in splits:
-                raise UserError(
-                    f"{splits[name].name} and {sub.name} are both the {name} split: rename one of them"
-                )
-            splits[name] = sub
-    ignored = [sub.name for sub in folder.iterdir() if sub.is_dir() and sub not in splits.values()]
-    if splits and ignored:
-        print(
-            f"{folder}: {', '.join(sub.name for sub in splits.values())} are splits; "
-            f"left out: {', '.join(sorted(ignored))}"
-        )
-    splits = splits or {"train": folder}
-    # Name the splits one by one: the library would take a class called "test" for a split.
-    # Escape the paths: the library would take "[" for the start of a pattern.
-    return datasets.load_dataset(
-        "imagefolder", data_files={name: f"{glob.escape(str(sub))}/**" for name, sub in splits.items()}
-    )
-
-
-def _describe(name: str, loaded: datasets.DatasetDict, revision: str | None) -> Source:
-    splits = {_SPLIT_NAMES.get(split, split): data for split, data in loaded.items() if len(data)}
-    if not splits:
-        raise UserError(f"{name} has no images")
-    features = next(iter(splits.values())).features
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    labels = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not images:
-        raise UserError(f"{name} has no column of images, only {', '.join(features)}")
-    if not labels:
-        raise UserError(
-            f"{name} has no class labels: an image folder needs one folder for each of two or more classes"
-        )
-    classes = features[labels[0]].names
-    if len(classes) < 2:
-        raise UserError(f"{name} has only the class {classes[0]!r}: a classifier needs at least two")
-    source = Source(name, revision, classes, splits, images[0], labels[0])
-    for split, rows in list(splits.items()):
-        if set(rows.data.column(labels[0]).unique().to_pylist()) <= {None, -1}:
-            print(f"Split {split} of {name} has no labels and is left out.")
-            del splits[split]
-    return source
-
-
-def stratified(labels: torch.Tensor, n: int, *keys: int) -> torch.Tensor:
-    """Draw n positions of `labels` (N,), sorted. Each class gets its share of n; the keys decide the draw.
-
-    Rounding: the classes with the largest remainders get one more each.
-    """
-    counts = torch.bincount(labels)
-    quota = counts.double() * n / len(labels)
-    take = quota.floor().long()
-    by_remainder = torch.argsort(take - quota, stable=True)
-    take[by_remainder[: n - int(take.sum())]] += 1
-    shuffled = randomness.permutation(len(labels), *keys)
-    chosen = [shuffled[labels[shuffled] == c][: int(take[c])] for c in range(len(counts))]
-    return torch.cat(chosen).sort().values
-
-
-def select_rows(
-    source: Source,
-    split: str,
-    *,
-    val_fraction: float,
-    seed: int,
-    limit_train: int | None = None,
-    limit_eval: int | None = None,
-) -> tuple[str, torch.Tensor]:
-    """Choose the images of a split: give the name of the dataset's split and the sorted rows in it, (N,)
-    int64.
-
-    If the dataset has no validation split, its train split is divided: validation takes `val_fraction`, train
-    keeps the rest. The limits then take a subset. Both choices are stratified by class and depend on the
-    seed. UserError: the dataset has no such split, or no image is left.
-    """
-    source_split = split
-    if split in source.splits:
-        rows = torch.arange(len(source.splits[split]))
-    elif split == "validation" and "train" in source.splits:
-        source_split, rows = "train", None
-    else:
-        raise UserError(f"{source.name} has no split {split!r}, only {', '.join(source.splits)}")
-    labels = source.labels(source_split)
-    if source_split == "train" and "validation" not in source.splits:
-        chosen = stratified(labels, round(val_fraction * len(labels)), seed, randomness.SPLIT)
-        kept = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, chosen, False).nonzero()[:, 0]
-        rows = chosen if split == "validation" else kept
-    limit = limit_train if split == "train" else limit_eval
-    if limit is not None and limit < len(rows):
-        rows = rows[stratified(labels[rows], limit, seed, randomness.SUBSET)]
-    if not len(rows):
-        raise UserError(
-            f"split {split!r} of {source.name} is empty with --val-fraction {val_fraction}: "
-            f"it has {len(labels)} images"
-        )
-    return source_split, rows

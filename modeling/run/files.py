@@ -47,9 +47,12 @@ class RunFiles:
         return [folder / f".{self.run}.lock" for folder in sorted(folders)]
 
     def evaluations(self) -> list["EvaluationFiles"]:
-        """What evaluate.py may have written of this run, named after the run or after a checkpoint."""
+        """What evaluate.py may have written of this run on its own dataset: see EvaluationFiles."""
         traces = self.output_dir / "traces"
-        return [EvaluationFiles(traces, name) for name in (self.run, self.best.stem, self.final.stem)]
+        names = []
+        for name in (self.run, self.best.stem, self.final.stem):
+            names += [name, *(f"{name}_{split}" for split in ("train", "validation", "test"))]
+        return [EvaluationFiles(traces, name) for name in names]
 
     def all(self) -> list[Path]:
         """Every path that belongs to this run, whether it exists or not."""
@@ -74,7 +77,11 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """The files that evaluate.py writes for a checkpoint. `name` is the run's, or the checkpoint's stem."""
+    """The files that evaluate.py writes for a checkpoint.
+
+    `name` is the run's, or the checkpoint's stem where two share a run. An evaluation on another split than
+    the default one, or on another dataset, has these in its name too.
+    """
 
     folder: Path
     name: str
