@@ -106,7 +106,6 @@ def export_to_imagefolder(
         "seed": seed,
         "val_fraction": val_fraction,
         "classes": folders,
-        "read": source.to_json(),
     }
     splits = ["train", "validation"]
     if "test" in source.splits:
@@ -146,7 +145,14 @@ def export_to_imagefolder(
             f"{output_dir} holds {len(stale)} files that are not of this export, "
             f"such as {stale[0]}: remove them"
         )
-    manifest = {**settings, "complete": True, "counts": counts, "skipped": skipped, "files": files}
+    manifest = {
+        **settings,
+        "complete": True,
+        "read": source.to_json(),
+        "counts": counts,
+        "skipped": skipped,
+        "files": files,
+    }
     write_text(output_dir / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
 

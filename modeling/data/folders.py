@@ -228,6 +228,8 @@ def find_splits(root: Node, name: str, train_split: str | None, test_split: str 
             f"{name} holds {next(iter(named))}/, which may be a split, and {strangers[0]}/, which is none: "
             "choose the split's folder with --train-split, or give a folder that holds only classes"
         )
+    if children and not named and all(node.name.lower() in SPLIT_KEYWORDS for node in children):
+        return FolderSplits({}, [])  # splits without class folders
     if not named:
         _refuse_splits_inside_classes(root, name)
         return FolderSplits({"train": root}, [])
