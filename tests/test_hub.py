@@ -26,7 +26,8 @@ from sklearn.datasets import load_digits
 
 import modeling.hub
 from modeling import models
-from modeling.data.sources import KNOWN, load_source
+from modeling.data.known import KNOWN
+from modeling.data.sources import load_source
 from modeling.hub import download
 from modeling.models import backbones
 from modeling.run import checkpoint
