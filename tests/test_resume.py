@@ -249,7 +249,7 @@ def test_what_force_cannot_do(references, tmp_path, monkeypatch):
     )
     assert_refused(call("train", *forced, "--max-steps", 9), "after step 10", "give a larger --epochs")
     assert_refused(call("train", *forced, "--epochs", 1), "in epoch 2", "give a larger --epochs")
-    assert_refused(call("train", *forced, "--optimizer", "sgd"), "another model or optimizer")
+    assert_refused(call("train", *forced, "--optimizer", "sgd"), "belongs to another optimizer")
     assert call("train", *flags, "--resume").status == 0
     assert_same_outcome(tmp_path, references("plain"))
 
