@@ -116,7 +116,7 @@ def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
     few = digits_folder(tmp_path / "few", ["3", "1"])
     result = call("evaluate", "--ckpt", trained.best, "--dataset", few, "--output-dir", tmp_path)
     assert result.status == 0, result.err
-    assert "it lacks '0', '2', '4'" in result.out
+    assert "the dataset lacks '0', '2', '4'" in result.out
     assert {line["true"] for line in predictions(tmp_path, "cnn_small")} == {"1", "3"}
 
 
