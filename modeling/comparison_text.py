@@ -134,9 +134,9 @@ def caution_lines(comparison: Comparison) -> list[str]:
     compared = [entry for entry in comparison.entries if entry.rank is not None]
     single = [entry.name for entry in compared if len(entry.runs) == 1]
     if len(compared) > 1 and len(single) == len(compared):
-        lines.append("one run of each: another seed moves a model too")
+        lines.append("one run of each: another seed changes the accuracy too")
     elif len(compared) > 1 and single:
-        lines.append(f"one run of {' and '.join(single)}: another seed moves a model too")
+        lines.append(f"one run of {' and '.join(single)}: another seed changes the accuracy too")
     others = [entry.name for entry in comparison.entries if entry.rank is None]
     if others:
         lines.append(f"not compared, because their images or classes differ: {', '.join(others)}")

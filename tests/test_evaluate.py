@@ -151,7 +151,7 @@ def test_two_checkpoints_are_ranked_paired_and_shown_on_a_page(trained, tmp_path
     ranking = next(number for number, line in enumerate(lines) if line.startswith("rank  model"))
     assert lines[ranking + 1].startswith("1     cnn_small") and lines[ranking + 2].startswith("2     worse")
     assert "cnn_small over worse: +" in result.out and ": real" in result.out
-    assert "one run of each: another seed moves a model too" in result.out
+    assert "one run of each: another seed changes the accuracy too" in result.out
     assert "comparison.html" in result.out
     (pair,) = csv.DictReader((tmp_path / "traces" / "pairs.csv").open())
     rows = {row["model"]: row for row in csv.DictReader((tmp_path / "traces" / "class_metrics.csv").open())}

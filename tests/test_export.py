@@ -90,7 +90,7 @@ def test_verify_reads_only_and_names_what_differs(exported):
     verify = ("--verify", "--output-dir", exported)
     before = tree(exported)
     result = call("export_data", *verify)
-    assert (result.status, "is whole" in result.out) == (0, True)
+    assert (result.status, "is complete" in result.out) == (0, True)
     assert tree(exported) == before
     missing, altered, broken = list((exported / "train" / "cat's").iterdir())[:3]
     missing.unlink()
