@@ -4,7 +4,7 @@
     python export_data.py --verify --output-dir data
     python train.py --model cnn --dataset data
 
-The folders are train/<class>/, val/<class>/ and, where the dataset has a test split, test/<class>/.
+The folders are train/<class>/, val/<class>/ and, if the dataset has a test split, test/<class>/.
 PNG keeps every pixel as it is. manifest.json holds the counts and the SHA-256 of each file.
 To finish an export that was stopped, run the same command again.
 """
@@ -98,9 +98,9 @@ def export_to_imagefolder(
     seed: int = 42,
     num_workers: int = 1,
 ) -> dict[str, Any]:
-    """Write train/, val/ and, where the dataset has one, test/ under output_dir, and return the manifest.
+    """Write train/, val/ and (if there is a test split) test/ under output_dir. Return the manifest.
 
-    Files that exist with the right content are not written again, so a second call finishes a stopped one.
+    Existing files with the right content are not written again, so a second call finishes a stopped export.
     UserError: the folder holds something else, or an image cannot be decoded.
     """
     output_dir = Path(output_dir)

@@ -14,7 +14,7 @@ import torch
 from modeling.errors import UserError
 from modeling.run.launch import is_main_process, num_cores
 
-SAME_ERROR_SECONDS = 5  # if all processes fail alike, the others wait so long while the main one reports it
+SAME_ERROR_SECONDS = 5  # the main process reports an error that all have; the others wait so long
 
 
 class Parser(argparse.ArgumentParser):

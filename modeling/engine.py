@@ -208,7 +208,7 @@ def predict(
 ) -> Predictions:
     """Run the model in eval mode over all images, then restore its former mode.
 
-    The batches are those of one process. Process r of P takes batches r, r + P, r + 2 P, and so on. Every
+    The batches are the same as on one process. Process r of P takes batches r, r + P, r + 2 P, and so on. Every
     process returns the predictions of all images, in order. features (N, D): if given, the model takes these
     instead of pixels. progress(n) is called equally often on every process; n counts the images that all
     processes did in one turn. The model must not be wrapped by DDP: its processes would wait for each other,

@@ -75,7 +75,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class MayDiffer:
-    """Where a flag may have two values in one run."""
+    """The places where a flag's values may differ within one run."""
 
     on_resume: bool  # a run may be resumed with another value
     between_processes: bool  # the processes may have different values

@@ -102,7 +102,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
 
     `flags` maps each flag of train.py to its value, or to None if it was not given.
     """
-    # Data: the weights determine the image size. Images are stored no larger than it needs.
+    # Data: the weights determine the image size. Images are stored no larger than this size needs.
     weights = models.find_weights(flags["model"], flags["weights"])
     image_size = flags["image_size"] or models.default_image_size(flags["model"], weights)
     source = load_source(flags["dataset"])

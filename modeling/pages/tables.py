@@ -114,7 +114,7 @@ class PairRow:
 
 
 def pair_axis(pairs: list[Pair]) -> Axis:
-    """The scale of the differences. It fits the closer half of the pairs, where the intervals matter."""
+    """The scale of the differences. It fits the smaller half; larger differences are drawn at its end."""
     closest = sorted(pairs, key=lambda pair: pair.difference.high)[: (len(pairs) + 1) // 2]
     low = min(0.0, min(pair.difference.low for pair in pairs)) - 0.003
     high = max(0.01, max(pair.difference.high for pair in closest) * 1.12)
