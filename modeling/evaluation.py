@@ -20,7 +20,7 @@ from modeling.progress import Progress
 from modeling.run import checkpoint
 from modeling.run.launch import make_accelerator
 
-load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
+load_source = functools.cache(load_source)  # load a dataset once, even for several checkpoints
 
 
 def build_parser(description: str = "") -> cli.Parser:
@@ -42,7 +42,7 @@ def build_parser(description: str = "") -> cli.Parser:
     inputs.add_argument(
         "--split",
         choices=SPLITS,
-        help="the images to evaluate on (default: test where the dataset has one, else validation)",
+        help="the images to evaluate on (default: test if the dataset has one, otherwise validation)",
     )
     inputs.add_argument(
         "--limit-eval",
@@ -89,12 +89,12 @@ def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> 
             "choose a dataset with these classes by --dataset"
         )
     if source.classes != checkpoint_classes:
-        message = f"{source.name} has its classes in another order or number than {path}: matched by name"
+        message = f"{source.name} and {path} have different lists of classes: they are matched by name"
         known = set(source.classes)
         absent = [name for name in checkpoint_classes if name not in known]
         if absent:
             more = f", ... {len(absent) - 5} more" if len(absent) > 5 else ""
-            message += f"; it lacks {', '.join(map(repr, absent[:5]))}{more}"
+            message += f"; the dataset lacks {', '.join(map(repr, absent[:5]))}{more}"
         print(message)
     return [number.get(name, -1) for name in source.classes]
 
@@ -165,7 +165,7 @@ class Evaluation:
 
     @property
     def dataset(self) -> str:
-        """The dataset's name, with the revision where there is one."""
+        """The dataset's name, followed by @ and the revision if it has one."""
         return self.source.name + (f"@{self.source.revision}" if self.source.revision else "")
 
     def decode(self, *, num_workers: int, store_limit: float, skip_bad_images: bool) -> Images:
@@ -182,8 +182,8 @@ class Evaluation:
         )
 
     def run(self, images: Images, *, accelerator: Accelerator, batch_size: int) -> Candidate:
-        """Predict the classes of the images, whose labels are the dataset's class numbers."""
-        # From here on the labels are the checkpoint's class numbers.
+        """Predict the classes of the images."""
+        # Convert the labels from the dataset's class numbers to the checkpoint's.
         labels = images.labels.new_tensor(self.class_numbers)[images.labels]
         images = dataclasses.replace(images, labels=labels, classes=self.header["classes"])
         model, header = checkpoint.load_model(self.path)
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     traces = args.output_dir / "traces"
     cli.check_output_dir(args.output_dir, "traces")
-    report.read_metrics_csv(traces / "metrics.csv")  # raises before any work if the file is not ours
+    report.read_metrics_csv(traces / "metrics.csv")  # raise UserError before any work
     evaluations = [
         Evaluation(
             name,
