@@ -31,7 +31,7 @@ from modeling.run.files import RunFiles
 from modeling.run.launch import make_accelerator
 from modeling.sanity import sanity_check
 from modeling.settings import Settings
-from modeling.setup import Run, describe, set_up
+from modeling.setup import Run, describe, list_skipped, set_up
 
 # Steps between two checks for a non-finite loss. A check waits for the device, so it is not made every step.
 CHECK_EVERY = 20
@@ -288,6 +288,7 @@ def train(
 
     # ---- Begin or resume: a resumed run ends bitwise as if it had never stopped.
     now = Progression(run, run_lock)
+    list_skipped(run)
 
     # ---- The loop: a signal such as Ctrl-C is only noted. All processes then stop after the same step.
     with preemption.Preemption(accelerator, now.save) as signals:

@@ -16,6 +16,7 @@ from modeling.data.known import default_val_fraction, is_stl10
 from modeling.data.sources import Choices, Source, load_source
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
 from modeling.errors import UserError
+from modeling.files import write_text
 from modeling.models.weights import Weights
 from modeling.optim import Ema, build_optimizer, learning_rate
 from modeling.progress import Progress
@@ -72,6 +73,13 @@ def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
     """The input side of a model from scratch: the images' own. Reference recipes on STL-10 have 224 px."""
     return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
+
+
+def list_skipped(run: "Run") -> None:
+    """Write the images that --skip-bad-images left out to a file of the run. The main process writes."""
+    skipped = [f"{split}\t{name}" for split, images in run.images.items() for name in images.skipped]
+    if skipped and run.accelerator.is_main_process:
+        write_text(run.files.bad_images, "\n".join(skipped) + "\n")
 
 
 @dataclass

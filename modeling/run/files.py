@@ -49,6 +49,11 @@ class RunFiles:
         return self.output_dir / "runs" / self.run
 
     @property
+    def bad_images(self) -> Path:
+        """The list of images that --skip-bad-images left out."""
+        return self.logs / "bad_images.txt"
+
+    @property
     def locks(self) -> list[Path]:
         """The lock files of the run. Each of its folders has one, because a folder may be a link."""
         folders = {(self.output_dir / name).resolve() for name in ("checkpoints", "runs")}
