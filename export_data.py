@@ -226,6 +226,21 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
     return problems
 
 
+def count_duplicates(output_dir: Path) -> dict[str, int]:
+    """Count the images of val/ and test/ whose pixels are also in train/, of a verified export.
+
+    Equal pixels give equal PNG files, because this program writes them all in one way.
+    """
+    files = read_manifest(output_dir)["files"]
+    in_train = {digest for name, digest in files.items() if name.startswith("train/")}
+    counted = Counter(
+        name.partition("/")[0]
+        for name, digest in files.items()
+        if not name.startswith("train/") and digest in in_train
+    )
+    return dict(sorted(counted.items()))
+
+
 def _found(output_dir: Path) -> set[str]:
     """Return the relative paths of all files in the folder, except the manifest."""
     paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
@@ -255,6 +270,8 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(problems))
             return 1
         print(f"{args.output_dir} is complete: every file matches {MANIFEST}")
+        for folder, count in count_duplicates(args.output_dir).items():
+            print(f"{count} images in {folder}/ have the same pixels as an image in train/.")
         return 0
     manifest = export_to_imagefolder(
         args.dataset,
