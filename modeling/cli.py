@@ -115,7 +115,7 @@ def check_output_dir(folder: Path, *subfolders: str) -> None:
         try:
             place.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink(missing_ok=True)  # a process with the same number on another machine may be faster
+            probe.unlink(missing_ok=True)  # another machine's process of this number may have removed it
         except OSError as error:
             raise UserError(f"cannot write to the output folder {place}: {error.strerror}") from error
 
