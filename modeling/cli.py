@@ -14,7 +14,7 @@ import torch
 from modeling.errors import UserError
 from modeling.run.launch import is_main_process, num_cores
 
-SAME_ERROR_SECONDS = 5  # the main process reports an error that all have; the others wait so long
+SAME_ERROR_SECONDS = 5  # the other processes report an error so much later than the main one
 
 
 class Parser(argparse.ArgumentParser):
