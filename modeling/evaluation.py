@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,8 +20,6 @@ from modeling.files import write_text
 from modeling.progress import Progress
 from modeling.run import checkpoint
 from modeling.run.launch import make_accelerator
-
-load_source = functools.cache(load_source)  # load a dataset once, even for several checkpoints
 
 
 def build_parser(description: str = "") -> cli.Parser:
@@ -112,11 +111,12 @@ class Evaluation:
         limit_eval: int | None,
         choices: Choices,
         force: bool,
+        load: Callable[[str, Choices], Source] = load_source,
     ):
         self.path = path
         self.header = checkpoint.read_header(path)
         trained_on, trained = self.header["dataset"], self.header["arguments"]
-        self.source = self._load(dataset, choices)
+        self.source = load(*self._dataset_and_choices(dataset, choices))
         self.class_numbers = match_classes(path, self.header["classes"], self.source)
         changed = split_digests_differ(self.source, trained_on)
         is_own = changed is None or self.source.name == trained_on["name"]
@@ -144,15 +144,15 @@ class Evaluation:
             limit_eval=limit_eval,
         )
 
-    def _load(self, dataset: str | None, choices: Choices) -> Source:
-        """Load the dataset: by default the checkpoint's, read as in training."""
+    def _dataset_and_choices(self, dataset: str | None, choices: Choices) -> tuple[str, Choices]:
+        """By default the checkpoint's dataset, read as in training."""
         trained_on = self.header["dataset"]
         own_dataset = trained_on["name"]
         if trained_on["revision"]:
             own_dataset += f"@{trained_on['revision']}"
         if dataset in (None, own_dataset) and choices == NO_CHOICES:
             choices = Choices(**trained_on["read"]["choices"])
-        return load_source(dataset or own_dataset, choices)
+        return dataset or own_dataset, choices
 
     def _default_split(self, is_own: bool) -> str:
         """Test where there is one, else validation. Of another dataset without them, all there is."""
@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
     traces = args.output_dir / "traces"
     cli.check_output_dir(args.output_dir, "traces")
     report.read_metrics_csv(traces / "metrics.csv")  # raise UserError before any work
+    load_once = functools.cache(load_source)  # several checkpoints of one dataset load it once
     evaluations = [
         Evaluation(
             name,
@@ -285,6 +286,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
             limit_eval=args.limit_eval,
             choices=Choices.of(vars(args)),
             force=args.force,
+            load=load_once,
         )
         for name, path in zip(output_names(args.ckpt), args.ckpt, strict=True)
     ]

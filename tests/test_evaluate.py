@@ -94,9 +94,9 @@ def digits_folder(path, order, split="test"):
     """digits' test images as parquet, its classes in another order."""
     source = load_source("digits").splits["test"]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=order)})
-    names = [str(label) for label in source["label"]]
+    names = [str(label) for label in source.labels.tolist()]
     keep = [i for i, name in enumerate(names) if name in order]
-    columns = {"image": [source[i]["image"] for i in keep], "label": [order.index(names[i]) for i in keep]}
+    columns = {"image": source.cells(keep), "label": [order.index(names[i]) for i in keep]}
     path.mkdir()
     datasets.Dataset.from_dict(columns, features=features).to_parquet(path / f"{split}.parquet")
     return path
@@ -109,7 +109,9 @@ def test_classes_are_matched_by_name(trained, tmp_path):
     assert result.status == 0, result.err
     assert "matched by name" in result.out
     assert rows(tmp_path / "s")[0]["accuracy"] == rows(tmp_path / "plain")[0]["accuracy"]
-    assert predictions(tmp_path / "s", "cnn_small") == predictions(tmp_path / "plain", "cnn_small")
+    # Another dataset is in the names of the files.
+    shuffled_predictions = predictions(tmp_path / "s", "cnn_small_test_shuffled")
+    assert shuffled_predictions == predictions(tmp_path / "plain", "cnn_small")
 
 
 def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
@@ -117,7 +119,7 @@ def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
     result = call("evaluate", "--ckpt", trained.best, "--dataset", few, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     assert "the dataset lacks '0', '2', '4'" in result.out
-    assert {line["true"] for line in predictions(tmp_path, "cnn_small")} == {"1", "3"}
+    assert {line["true"] for line in predictions(tmp_path, "cnn_small_test_few")} == {"1", "3"}
 
 
 def test_bad_input(trained, tmp_path, monkeypatch):
@@ -136,7 +138,7 @@ def test_bad_input(trained, tmp_path, monkeypatch):
     assert_refused(call("evaluate", "--ckpt", tmp_path / "absent", *out), "absent")
     assert_refused(call("evaluate", "--ckpt", trained.best, "--split", "training", *out), "--split")
     assert_refused(call("evaluate", *out), "--ckpt")
-    assert_refused(call("evaluate", "--ckpt", trained.best, trained.best, *out), "same files")
+    assert_refused(call("evaluate", "--ckpt", trained.best, trained.best, *out), "same checkpoint twice")
     assert not (tmp_path / "out" / "traces").exists()
 
 
@@ -185,3 +187,63 @@ def test_logits_that_are_not_finite_are_refused_by_the_name_of_the_checkpoint(tr
     monkeypatch.setattr(scripts.evaluate, "predict", poisoned)
     result = call("evaluate", "--ckpt", trained.best, "--output-dir", tmp_path)
     assert_refused(result, str(trained.best), "NaN or infinite logits")
+
+
+def train_on(folder, out, *flags):
+    options = ("--image-size", 16, "--batch-size", 16, "--max-steps", 2, "--num-workers", 1)
+    result = call("train", "--model", "cnn_small", "--dataset", folder, "--output-dir", out, *options, *flags)
+    assert result.status == 0, result.err
+    return out / "checkpoints" / "cnn_small_best.safetensors"
+
+
+def test_each_evaluation_has_files_of_its_own_that_lead_to_the_pictures(tmp_path):
+    counts = {
+        "train": {"hat": 12, "shoes": 12},
+        "test": {"hat": 3, "shoes": 2},
+        "val": {"hat": 2, "shoes": 2},
+    }
+    data = make_image_folder(tmp_path / "data", counts)
+    best = train_on(data, tmp_path / "out")
+    traces = tmp_path / "out" / "traces"
+    assert call("evaluate", "--ckpt", best, "--output-dir", tmp_path / "out").status == 0
+    of_test = (traces / "predictions_cnn_small.csv").read_bytes()
+    flags = ("--split", "validation", "--output-dir", tmp_path / "out")
+    assert call("evaluate", "--ckpt", best, *flags).status == 0
+    assert (traces / "predictions_cnn_small.csv").read_bytes() == of_test
+    files = [row["file"] for row in predictions(tmp_path / "out", "cnn_small_validation")]
+    assert files == ["val/hat/0.png", "val/hat/1.png", "val/shoes/0.png", "val/shoes/1.png"]
+    # Two runs of one name are told apart by their folders.
+    other = train_on(data, tmp_path / "seed2", "--seed", 2)
+    result = call("evaluate", "--ckpt", best, other, "--output-dir", tmp_path / "both")
+    assert result.status == 0, result.err
+    assert predictions(tmp_path / "both", "out_cnn_small_best")
+    assert predictions(tmp_path / "both", "seed2_cnn_small_best")
+
+
+def test_only_the_images_of_training_are_divided(tmp_path):
+    data = make_image_folder(tmp_path / "data", {"train": {"hat": 20, "shoes": 20}})
+    best = train_on(data, tmp_path / "out")
+    out = ("--output-dir", tmp_path / "out")
+    result = call("evaluate", "--ckpt", best, *out)
+    assert "validation of" in result.out and " 4 images" in result.out
+    # The same images elsewhere are the same images.
+    moved = data.rename(tmp_path / "moved")
+    result = call("evaluate", "--ckpt", best, "--dataset", moved, *out)
+    assert "validation of" in result.out and " 4 images" in result.out
+    # Other images are evaluated whole, and one class is enough.
+    other = make_image_folder(tmp_path / "new", {".": {"hat": 7}})
+    result = call("evaluate", "--ckpt", best, "--dataset", other, *out)
+    assert "train of" in result.out and " 7 images" in result.out
+    # Images that were added would be divided in another way.
+    moved.rename(data)
+    make_image_folder(data, {"train": {"hat": 25}})
+    result = call("evaluate", "--ckpt", best, "--split", "validation", *out)
+    assert_refused(result, "its train split has 45 images and had 40", "--force")
+    result = call("evaluate", "--ckpt", best, "--split", "validation", "--force", *out)
+    assert result.status == 0, result.err
+
+
+def test_the_header_says_what_was_read(trained):
+    read = checkpoint.read_header(trained.best)["dataset"]["read"]
+    assert read["classes_from"] == "scikit-learn"
+    assert read["splits"] == {"train": 1438, "test": 359}

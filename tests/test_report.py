@@ -37,7 +37,11 @@ def evaluated(name="run", classes=ODD, n=200, seed=0, wrong=0.3, true_classes=No
         "num_samples": n,
     }
     return report.Evaluated(
-        name, {**row, **metrics.compute(p), "parameters": 10, "trainable_parameters": 5}, p, classes
+        name,
+        {**row, **metrics.compute(p), "parameters": 10, "trainable_parameters": 5},
+        p,
+        classes,
+        lambda row: f"test/{row}.png",
     )
 
 
@@ -67,12 +71,13 @@ def test_predictions_can_be_read_back(tmp_path):
     one = evaluated()
     report.write_evaluation(tmp_path, one)
     rows = read_csv(tmp_path / "predictions_run.csv")
-    assert list(rows[0]) == ["index", "true", "predicted", *ODD]
+    assert list(rows[0]) == ["index", "file", "true", "predicted", *(f"p({name})" for name in ODD)]
     assert [int(row["index"]) for row in rows] == one.predictions.rows.tolist()
+    assert rows[1]["file"] == "test/3.png"
     assert [ODD.index(row["true"]) for row in rows] == one.predictions.labels.tolist()
     assert [ODD.index(row["predicted"]) for row in rows] == one.predictions.predicted.tolist()
     for row, probabilities in zip(rows, one.predictions.probabilities, strict=True):
-        assert [float(row[name]) for name in ODD] == pytest.approx(probabilities.tolist(), rel=1e-5)
+        assert [float(row[f"p({name})"]) for name in ODD] == pytest.approx(probabilities.tolist(), rel=1e-5)
 
 
 def test_the_report_has_every_class_and_the_averages_of_metrics_csv(tmp_path):
