@@ -121,6 +121,8 @@ def newest_step(states: Path) -> int:
 TINY = (
     "--model",
     "cnn_small",
+    "--recipe",
+    "reference",
     "--dataset",
     "digits",
     "--limit-train",
