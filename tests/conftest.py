@@ -43,6 +43,7 @@ scripts = SimpleNamespace(
     evaluate=evaluation,
     profile=profiling,
     export_data=load_script("export_data"),
+    sweep=load_script("sweep"),
 )
 
 
