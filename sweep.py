@@ -1,8 +1,8 @@
 """Train several models with several seeds each, and compare them.
 
-    python sweep.py --models cnn vit_scratch --seeds 1 2 3 --dataset digits --epochs 3               # CPU
-    accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml sweep.py --models vit deit  # one GPU
-    accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml sweep.py --models vit deit   # many
+    python sweep.py --models cnn vit_scratch --seeds 1 2 3 --dataset digits --epochs 3             # CPU
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml sweep.py --models vit deit  # one GPU
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml sweep.py --models vit deit   # many GPUs
 
 Takes every flag of train.py, but --models and --seeds instead of --model and --seed. The same command goes on
 with a sweep that was stopped: finished runs are not trained again, and a stopped run goes on from its state.
