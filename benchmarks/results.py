@@ -1,8 +1,8 @@
 """Rerun rows of the README's results table, and print the table.
 
-    python benchmarks/results.py --data FOLDER                         # all rows that a CPU can measure: hours
+    python benchmarks/results.py --data FOLDER                         # all rows for a CPU: takes hours
     python benchmarks/results.py --data FOLDER --rows cnn_small-tuned  # one row
-    python benchmarks/results.py --list                                # the rows and their commands; runs nothing
+    python benchmarks/results.py --list                                # shows the rows, runs nothing
 
 FOLDER is a copy of CIFAR-10, as train.py takes it as --dataset. Each row is one command of sweep.py.
 Its runs stay under --output-dir, so that a second call prints the row without training it again.
