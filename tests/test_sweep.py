@@ -1,5 +1,6 @@
 """sweep.py: several models and seeds, what a stopped sweep leaves, and the comparison at its end."""
 
+import dataclasses
 import re
 import sys
 from types import SimpleNamespace
@@ -41,26 +42,23 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_a_table_and_the_comp
     assert call("sweep", *SWEEP, "--output-dir", tmp_path).status == 130
     assert steps == [0, 1, 2, 3, 0, 1]
     monkeypatch.setattr(train, "finish_epoch", finish_epoch)
-    result = call("sweep", *SWEEP, "--output-dir", tmp_path)
-    assert result.status == 0, result.err
+    words = map(str, (*SWEEP, "--output-dir", tmp_path))
+    (row,) = rows = sweep.run_sweep(sweep.build_parser().parse_args(words))
     assert steps == [0, 1, 2, 3, 0, 1, 2, 3]
     assert (tmp_path / "traces" / "comparison.html").exists()
     assert {path.name for path in (tmp_path / "checkpoints").glob("*_best.safetensors")} == {
         "cnn_small_seed3_best.safetensors",
         "cnn_small_seed4_best.safetensors",
     }
-    heading, line = result.out.splitlines()[-3:-1]
+    assert (row.name, row.seeds, row.epochs) == ("cnn_small", [3, 4], 2)
+    assert row.interval.low < row.interval.value == pytest.approx(sum(row.accuracies) / 2)
+    assert row.deviation == pytest.approx(abs(row.accuracies[0] - row.accuracies[1]) / 2**0.5)
+    assert all(0 < minutes < 2 for minutes in row.minutes)
+    heading, line = sweep.table(rows).splitlines()
     assert heading.split() == "model runs accuracy deviation 95 % interval minutes".split()
-    assert line.split()[:2] == ["cnn_small", "2"]
+    assert line.split()[:3] == ["cnn_small", "2", f"{row.interval.value:.4f}"]
+    assert dataclasses.replace(row, accuracies=[0.5]).deviation is None
     assert_refused(call("sweep", *SWEEP, "--lr", 0.5, "--output-dir", tmp_path), "other arguments: lr")
-
-
-def test_the_rows_of_a_sweep_are_its_runs(tmp_path):
-    words = [str(word) for word in (*SWEEP, "--seeds", 3, "--output-dir", tmp_path)]
-    (row,) = sweep.run_sweep(sweep.build_parser().parse_args(words))
-    assert (row.name, row.seeds, row.epochs, row.deviation) == ("cnn_small", [3], 2, None)
-    assert row.interval.low < row.accuracies[0] == row.interval.value < row.interval.high
-    assert 0 < row.minutes[0] < 1
 
 
 @pytest.mark.parametrize("flag", ["--model=cnn", "--seed=3", "--run-name=x", "--sanity-check"])
