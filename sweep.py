@@ -4,9 +4,9 @@
     accelerate launch --config_file accelerate_configs/single_gpu.yaml sweep.py --models vit deit  # one GPU
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml sweep.py --models vit deit   # many GPUs
 
-Takes every flag of train.py, but --models and --seeds instead of --model and --seed. The same command goes on
-with a sweep that was stopped: finished runs are not trained again, and a stopped run goes on from its state.
-At the end stand a table (a row for each model) and the comparison that evaluate.py makes of all runs.
+Takes every flag of train.py, but --models and --seeds instead of --model and --seed. If a sweep was stopped,
+the same command continues it: finished runs are not trained again, and a stopped run resumes from its state.
+At the end it prints a table with a row for each model, and writes the comparison that evaluate.py makes.
 """
 
 import argparse

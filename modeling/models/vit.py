@@ -33,9 +33,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention, then an MLP, each added to its input. (B, N, D) -> (B, N, D).
 
-    Post-norm normalises each sum, as in the first transformer. Pre-norm normalises the input of the attention
-    and of the MLP, as in ViT. Stochastic depth (Huang et al., https://arxiv.org/abs/1603.09382) skips the
-    attention or the MLP of an image with probability `drop_path` each.
+    Post-norm normalises each sum, as in "Attention is all you need". Pre-norm normalises the inputs of
+    attention and MLP, as in ViT. Stochastic depth (Huang et al.,
+    https://arxiv.org/abs/1603.09382) skips the attention, and the MLP, of an image with probability
+    `drop_path`.
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class Block(nn.Module):
 class SimpleViT(nn.Module):
     """Cut the image into patches, run `depth` blocks over them, and classify from the class token.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With 10 classes it has
-    1,205,898 parameters with the defaults (32 px), and 2,497,418 with image_size 224, patch_size 16, depth 4
-    and mlp_dim 2048.
-    mean_pooling: classify from the mean over the patches; there is no class token then.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults (32 px, 10
+    classes) it has 1,205,898 parameters. With image_size 224, patch_size 16, depth 4 and mlp_dim 2048 it has
+    2,497,418.
+    mean_pooling: classify from the mean over the patches. There is no class token then.
     embedding_std: the class token and the positions start as draws from N(0, embedding_std**2).
-    drop_path: stochastic depth of the last block. It rises linearly from 0 in the first.
+    drop_path: stochastic depth of the last block. It rises linearly from 0 in the first block.
     UserError: patch_size does not divide image_size, or num_heads does not divide dim.
     """
 
@@ -132,8 +133,8 @@ class SimpleViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(dim, num_classes)
-        # ViT and DeiT also start with small weights. With PyTorch's larger defaults a post-norm model at
-        # 224 px keeps the loss of a random guess, ln(num_classes), for many steps.
+        # Start with small weights, as ViT and DeiT do. With PyTorch's larger defaults the loss of a post-norm
+        # model at 224 px stays at ln(num_classes), a random guess, for many steps.
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
