@@ -14,8 +14,8 @@ $(SETUP): requirements.txt requirements-dev.txt
 	@touch $@
 
 demo: $(SETUP)
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model cnn --dataset digits --augment none \
-		--epochs 12 --best-metric loss --run-name demo --output-dir demo
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model cnn --dataset digits \
+		--recipe reference --augment none --epochs 12 --best-metric loss --run-name demo --output-dir demo
 	$(BIN)/python evaluate.py --ckpt demo/checkpoints/demo_best.safetensors --output-dir demo
 
 test: $(SETUP)

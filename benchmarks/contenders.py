@@ -190,8 +190,14 @@ def plain_model(work: str):
     return torchvision.models.resnet18(num_classes=10)
 
 
-def plain_loader(work: str, args: argparse.Namespace, num_workers: int):
+def first_rows(args: argparse.Namespace):
     import datasets
+
+    return datasets.load_dataset(str(args.data))["train"].select(range(args.num_images))
+
+
+def plain_loader(work: str, rows, num_workers: int, shuffle: bool = True):
+    """A DataLoader over rows of the dataset, as one would write it with torchvision."""
     import torch
     from torchvision import transforms as T
 
@@ -205,7 +211,6 @@ def plain_loader(work: str, args: argparse.Namespace, num_workers: int):
     else:
         changes = [T.Resize((size, size))] if size != 32 else []
     transform = T.Compose([*changes, T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)])
-    rows = datasets.load_dataset(str(args.data))["train"].select(range(args.num_images))
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self):
@@ -216,7 +221,7 @@ def plain_loader(work: str, args: argparse.Namespace, num_workers: int):
             return transform(row["img"].convert("RGB")), row["label"]
 
     return torch.utils.data.DataLoader(
-        Rows(), batch_size=WORKS[work]["batch"], shuffle=True, num_workers=num_workers
+        Rows(), batch_size=WORKS[work]["batch"], shuffle=shuffle, num_workers=num_workers
     )
 
 
@@ -224,7 +229,7 @@ def notebook(work: str, args: argparse.Namespace) -> list[float]:
     import torch
 
     torch.manual_seed(42)
-    loader, model, stamps = plain_loader(work, args, 2), plain_model(work), []
+    loader, model, stamps = plain_loader(work, first_rows(args), 2), plain_model(work), []
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = (
         torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
@@ -250,7 +255,7 @@ def cv_example(work: str, args: argparse.Namespace) -> list[float]:
 
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16" if args.bf16 else "no")
     accelerate.utils.set_seed(42)
-    loader, model, stamps = plain_loader(work, args, 4), plain_model(work), []
+    loader, model, stamps = plain_loader(work, first_rows(args), 4), plain_model(work), []
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=1e-3, epochs=1, steps_per_epoch=len(loader)

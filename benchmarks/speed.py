@@ -87,9 +87,8 @@ def training_flops(work: str) -> float:
     from contenders import WORKS
 
     size = WORKS[work]["size"]
-    model_args = models.model_arguments(
-        work, recipes.get_recipe(work, size), image_size=size, patch_size=None, head_dropout=None
-    )
+    recipe = recipes.get_recipe(work, size, "reference")
+    model_args = models.model_arguments(work, recipe, image_size=size, patch_size=None, head_dropout=None)
     return 3 * profiling.forward_flops(
         models.build_model(work, num_classes=10, image_size=size, **model_args), size
     )

@@ -1,5 +1,6 @@
 """Evaluate checkpoints on images and write the results. evaluate.py runs `main`."""
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -269,9 +270,8 @@ def output_names(paths: list[Path]) -> list[str]:
     return [f"{name}_{number}" for number, name in enumerate(names, 1)]
 
 
-def main(argv: list[str] | None = None, description: str = __doc__) -> int:
-    """Evaluate the checkpoints of the command line and write the results. Return the exit status."""
-    args = build_parser(description).parse_args(argv)
+def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
+    """Evaluate the checkpoints of the command line, write the results and the comparison."""
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     traces = args.output_dir / "traces"
     cli.check_output_dir(args.output_dir, "traces")
@@ -320,4 +320,10 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
         "metrics.csv, reports, confusion matrices, predictions, pairs.csv, class_metrics.csv, "
         f"label_suspects.csv and model_comparison.txt are in {traces}"
     )
+    return candidates
+
+
+def main(argv: list[str] | None = None, description: str = __doc__) -> int:
+    """Evaluate the checkpoints of the command line. Return the exit status."""
+    evaluate_checkpoints(build_parser(description).parse_args(argv))
     return 0

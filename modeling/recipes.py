@@ -1,8 +1,8 @@
 """One frozen Recipe per model and size.
 
 `--recipe reference` is the recipe of the notebook that published the model. `--recipe tuned` is our best
-recipe for the same budget; a model without a tuned recipe uses the reference. A flag that the user gives
-always wins.
+recipe for the same epochs and no more parameters; a model without a tuned recipe uses the reference. A flag
+that the user gives always wins.
 """
 
 import dataclasses
@@ -111,6 +111,57 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
     ),
 }
 TUNED: dict[tuple[str, str], Recipe] = {
+    # This recipe was not measured. Quick tries on JPEG CIFAR-10 at 32 px, without this augmentation, gave
+    # validation 0.781 (AdamW 3e-3) and 0.788 (SGD 0.03).
+    ("cnn", "any"): Recipe(
+        optimizer="adamw",
+        lr=3e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_epochs=1,
+        epochs=20,
+        batch_size=64,
+        augment="crop",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ),
+    # JPEG CIFAR-10, 45,000 images, bf16, 2 CPU cores, one run: validation 0.7532, test 0.7620. The same with
+    # lr 5e-3 and weight decay 0.01: validation 0.7392. `reference` there: test 0.7032.
+    ("cnn_small", "small"): Recipe(
+        optimizer="adamw",
+        lr=3e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_epochs=1,
+        epochs=10,
+        batch_size=64,
+        augment="crop",
+        model_args={**_CNN_SMALL, "hidden": 128},
+    ),
+    # This recipe was not measured. A quick try on JPEG CIFAR-10 with pre-norm, embeddings of deviation 0.02
+    # and AdamW 1e-3 gave validation 0.674. Mean pooling and no attention dropout were not tried.
+    ("vit_scratch", "small"): Recipe(
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        schedule="cosine",
+        warmup_epochs=1,
+        epochs=10,
+        batch_size=64,
+        augment="crop",
+        model_args=dict(
+            dim=128,
+            depth=6,
+            num_heads=4,
+            mlp_dim=512,
+            activation="gelu",
+            pre_norm=True,
+            attention_dropout=0.0,
+            dropout=0.0,
+            mean_pooling=True,
+            embedding_std=0.02,
+        ),
+    ),
     # Four views are as good as twenty: accuracy 0.493 and 0.494, with a backbone that was trained on other
     # classes. See benchmarks/LOG.md.
     ("vit", "any"): dataclasses.replace(REFERENCE["vit", "any"], feature_views=4),

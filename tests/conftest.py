@@ -43,6 +43,7 @@ scripts = SimpleNamespace(
     evaluate=evaluation,
     profile=profiling,
     export_data=load_script("export_data"),
+    sweep=load_script("sweep"),
 )
 
 
@@ -121,6 +122,8 @@ def newest_step(states: Path) -> int:
 TINY = (
     "--model",
     "cnn_small",
+    "--recipe",
+    "reference",
     "--dataset",
     "digits",
     "--limit-train",

@@ -138,6 +138,23 @@ def test_padded_crop_is_torchvisions():
         assert torch.equal(mine, TF.crop(TF.pad(image, [4]), top, left, 32, 32))
 
 
+def test_crop_is_a_flip_and_a_padded_crop_pixel_by_pixel():
+    images, sizes, indices = batch(40)
+    x = augment(images, sizes, prep(32), name="crop", seed=3, epoch=1, indices=indices)
+    ours = (x * 127.5 + 127.5).round().int()  # without the normalisation
+    draws = Draws(3, 1, indices)
+    flips = (draws(_FLIP) < 0.5).tolist()
+    tops, lefts = (torch.floor(draws(d) * 9).int().tolist() for d in (_PAD_Y, _PAD_X))
+    for mine, image, flip, top, left in zip(ours, images, flips, tops, lefts, strict=True):
+        expected = torch.zeros_like(image)
+        for row in range(32):
+            for column in range(32):
+                y, x = row + top - 4, column + left - 4
+                if 0 <= y < 32 and 0 <= x < 32:
+                    expected[:, row, column] = image[:, y, 31 - x if flip else x]
+        assert torch.equal(mine, expected.int())
+
+
 def test_rotation_is_torchvisions():
     images, _, indices = batch(40)
     draws = Draws(3, 1, indices)
@@ -211,7 +228,7 @@ def test_an_image_does_not_depend_on_its_batch_or_its_place_in_it(name, size):
         assert torch.equal(alone[0], whole[i])
 
 
-@pytest.mark.parametrize("name", ["light", "standard", "randaugment"])
+@pytest.mark.parametrize("name", ["crop", "light", "standard", "randaugment"])
 def test_an_augmentation_changes_with_seed_epoch_and_index(name):
     images, sizes, indices = batch(32)
 
@@ -224,7 +241,7 @@ def test_an_augmentation_changes_with_seed_epoch_and_index(name):
         assert changed.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("name", ["light", "standard"])
+@pytest.mark.parametrize("name", ["crop", "light", "standard"])
 def test_half_of_the_images_are_mirrored(name):
     n = 400
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(n, 3, 32, 32).contiguous()

@@ -296,8 +296,43 @@ def test_the_reference_recipes_are_the_notebooks():
     )
     assert brief("resnet18", 224) == ("adam", 1e-3, 0.0, "constant", 3, 64, "none")
     assert brief("deit", 224) == ("adamw", 3e-4, 0.01, "constant", 3, 64, "none")
+
+
+def test_tuned_recipes_keep_the_epochs_and_the_parameters_of_the_reference():
     for name in models.MODELS:
         for size in (32, 96, 224):
             tuned = recipes.get_recipe(name, size, "tuned")
+            reference = recipes.get_recipe(name, size, "reference")
+            assert tuned.epochs == reference.epochs
             assert tuned.feature_views == (4 if name == "vit" else 0)
-            assert dataclasses.replace(tuned, feature_views=0) == recipes.get_recipe(name, size, "reference")
+            if name == "cnn" or (name in ("cnn_small", "vit_scratch") and size < 128):
+                assert (tuned.optimizer, tuned.schedule, tuned.augment) == ("adamw", "cosine", "crop")
+            else:
+                assert dataclasses.replace(tuned, feature_views=0) == reference
+    for name in ("cnn", "cnn_small", "vit_scratch"):
+        counts = [models.count_parameters(build(name, 32, recipe))[0] for recipe in ("tuned", "reference")]
+        assert counts[0] <= counts[1]
+
+
+def test_mean_pooling_and_small_embeddings():
+    torch.manual_seed(0)
+    vit = SimpleViT(pre_norm=True, mean_pooling=True, embedding_std=0.02).eval()
+    assert vit.class_token is None and vit.positions.shape == (1, 64, 128)
+    assert 0.018 < float(vit.positions.detach().std()) < 0.022
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        vit.positions.zero_()  # without positions the mean does not know the order of the patches
+        halves = torch.cat([x[..., 16:, :], x[..., :16, :]], dim=2)  # the upper half below the lower one
+        torch.testing.assert_close(vit(x), vit(halves), atol=1e-5, rtol=1e-4)
+        tokens = vit.blocks(vit.patch_embed(x).flatten(2).transpose(1, 2))
+        assert torch.equal(vit(x), vit.head(vit.norm(tokens).mean(dim=1)))
+
+
+def test_stochastic_depth_leaves_out_blocks_of_single_images_more_often_in_later_blocks():
+    torch.manual_seed(0)
+    vit = SimpleViT(depth=3, pre_norm=True, attention_dropout=0.0, drop_path=0.5)
+    x = torch.randn(400, 4, 128)
+    for block, rate in zip(vit.blocks, (0, 0.25, 0.5), strict=True):
+        skipped = (block.train()(x) == x).flatten(1).all(dim=1)  # both its attention and its MLP
+        assert abs(float(skipped.float().mean()) - rate**2) < 0.06
+        assert not (block.eval()(x) == x).flatten(1).all(dim=1).any()

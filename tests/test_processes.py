@@ -115,7 +115,10 @@ SAME = (
 SAME += ("--augment", "standard", "--mixup", 0.4, "--num-threads", 1)
 # Now and then the last bit decides which value of a pool is the maximum. Flat areas of digits have many ties.
 TOLERANCE = {"cnn_small": 1e-2 if IMAGES == "digits" else 1e-3, "vit_scratch": 1e-5}
-MODELS = {"cnn_small": ("--model", "cnn_small"), "vit_scratch": ("--model", "vit_scratch", "--patch-size", 8)}
+MODELS = {
+    "cnn_small": ("--model", "cnn_small", "--recipe", "reference"),
+    "vit_scratch": ("--model", "vit_scratch", "--recipe", "reference", "--patch-size", 8),
+}
 
 
 @functools.cache
@@ -219,8 +222,7 @@ RUN = (
     1,
 )
 RUN += (
-    "--model",
-    "cnn_small",
+    *MODELS["cnn_small"],
     "--head-dropout",
     0.5,
     "--ema",

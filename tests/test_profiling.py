@@ -16,9 +16,8 @@ from modeling.engine import StepSettings
 
 
 def build(name, size):
-    args = models.model_arguments(
-        name, recipes.get_recipe(name, size), image_size=size, patch_size=None, head_dropout=None
-    )
+    recipe = recipes.get_recipe(name, size, "reference")
+    args = models.model_arguments(name, recipe, image_size=size, patch_size=None, head_dropout=None)
     return models.build_model(name, num_classes=10, image_size=size, **args)
 
 
@@ -45,6 +44,8 @@ def test_profile_py_compares_models_and_writes_what_it_says(tmp_path):
         "--models",
         "cnn_small",
         "vit_scratch",
+        "--recipe",
+        "reference",
         "--num-steps",
         4,
         "--batch-size",

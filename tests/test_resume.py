@@ -22,7 +22,8 @@ from modeling.run import checkpoint, state, tracking
 from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
-SMALL = ("--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40, "--batch-size", 16, "--epochs", 3)
+SMALL = ("--recipe", "reference", "--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40)
+SMALL += ("--batch-size", 16, "--epochs", 3)
 CNN = ("--model", "cnn_small", *SMALL)
 RUNS = {
     "plain": CNN,

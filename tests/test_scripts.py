@@ -26,6 +26,7 @@ FLAGS = {
     "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps "
     "--num-threads --num-workers --output-dir --recipe --store-limit",
     "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
+    "sweep": " ".join(sorted([*TRAIN_FLAGS.split(), "--models", "--seeds"])),
 }
 
 

@@ -220,6 +220,16 @@ def test_image_and_patch_size(tmp_path):
     assert vit.best_weights["positions"].shape == (1, 17, 128)
 
 
+def test_load_model_rebuilds_the_tuned_vit(tmp_path):
+    flags = ("--model", "vit_scratch", "--recipe", "tuned", "--patch-size", 16)
+    tuned = run(tmp_path, "--max-steps", 1, *flags, name="vit_scratch")
+    assert "positions" in tuned.best_weights and "class_token" not in tuned.best_weights
+    model, header = checkpoint.load_model(tmp_path / "checkpoints" / "vit_scratch_best.safetensors")
+    assert header["model"]["pre_norm"] and header["model"]["mean_pooling"]
+    assert header["arguments"]["augment"] == "crop"
+    assert model.class_token is None and model.blocks[0].pre_norm
+
+
 def test_val_fraction_and_limit_eval(tmp_path):
     out = run(
         tmp_path, "--max-steps", 1, "--val-fraction", 0.25, "--limit-eval", 2000, "--limit-train", 50
@@ -437,6 +447,7 @@ def test_a_class_without_training_images_is_said(tmp_path):
 def test_the_python_api_is_the_command(tmp_path, plain):
     options = dict(
         model="cnn_small",
+        recipe="reference",
         dataset="digits",
         limit_train=96,
         limit_eval=40,

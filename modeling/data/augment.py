@@ -16,7 +16,7 @@ from modeling.data.randaugment import randaugment
 from modeling.data.resize import Preprocessing, normalize, resample, resize
 from modeling.randomness import Draws
 
-AUGMENT_SETS = ("none", "light", "standard", "randaugment")
+AUGMENT_SETS = ("none", "crop", "light", "standard", "randaugment")
 
 
 # Draw numbers: the last key of the hash. Each use has a range of its own. randaugment.py has 80 and above.
@@ -127,6 +127,7 @@ def augment(
 
     sizes (B, 2) and indices (B,) are on the CPU. The augmentation sets are:
     none         as at evaluation
+    crop         flip, padded crop
     light        RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2
     standard     flip, padded crop, colour jitter 0.2, rotation by up to 15 degrees
     randaugment  RandAugment
@@ -147,10 +148,11 @@ def augment(
                 images, boxes, scaled, torch.zeros_like(sizes), prep.image_size, flip, prep.interpolation
             )
         else:
-            assert name == "standard", name
+            assert name in ("crop", "standard"), name
             out = padded_crop(resize(images, sizes, prep, flip), draws)
-            whole = torch.tensor([0, 0, *out.shape[2:]]).expand(len(out), 4)
-            out = rotate(color_jitter(out, whole, draws), draws)
+            if name == "standard":
+                whole = torch.tensor([0, 0, *out.shape[2:]]).expand(len(out), 4)
+                out = rotate(color_jitter(out, whole, draws), draws)
     return normalize(out, prep)
 
 

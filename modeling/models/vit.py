@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from modeling.errors import UserError
 from modeling.models.cpu_layers import Dropout, attention
@@ -33,7 +34,9 @@ class Block(nn.Module):
     """One transformer layer: attention, then an MLP, each added to its input. (B, N, D) -> (B, N, D).
 
     Post-norm normalises each sum, as in "Attention is all you need". Pre-norm normalises the inputs of
-    attention and MLP, as in ViT.
+    attention and MLP, as in ViT. Stochastic depth (Huang et al.,
+    https://arxiv.org/abs/1603.09382) skips the attention, and the MLP, of an image with probability
+    `drop_path`.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Block(nn.Module):
         pre_norm: bool,
         attention_dropout: float,
         dropout: float,
+        drop_path: float = 0.0,
     ):
         super().__init__()
         self.pre_norm = pre_norm
@@ -58,14 +62,14 @@ class Block(nn.Module):
             Dropout(dropout),
             nn.Linear(mlp_dim, dim),
         )
-        self.dropout = Dropout(dropout)
+        self.drop = nn.Sequential(Dropout(dropout), StochasticDepth(drop_path, mode="row"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.norm1(x)))
-            return x + self.dropout(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.dropout(self.attention(x)))
-        return self.norm2(x + self.dropout(self.mlp(x)))
+            x = x + self.drop(self.attention(self.norm1(x)))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop(self.attention(x)))
+        return self.norm2(x + self.drop(self.mlp(x)))
 
 
 class SimpleViT(nn.Module):
@@ -74,6 +78,9 @@ class SimpleViT(nn.Module):
     Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults (32 px, 10
     classes) it has 1,205,898 parameters. With image_size 224, patch_size 16, depth 4 and mlp_dim 2048 it has
     2,497,418.
+    mean_pooling: classify from the mean over the patches. There is no class token then.
+    embedding_std: the class token and the positions start as draws from N(0, embedding_std**2).
+    drop_path: stochastic depth of the last block. It rises linearly from 0 in the first block.
     UserError: patch_size does not divide image_size, or num_heads does not divide dim.
     """
 
@@ -91,7 +98,10 @@ class SimpleViT(nn.Module):
         pre_norm: bool = False,
         attention_dropout: float = 0.1,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
         head_dropout: float = 0.0,
+        mean_pooling: bool = False,
+        embedding_std: float = 1.0,
     ):
         super().__init__()
         if image_size % patch_size:
@@ -100,13 +110,14 @@ class SimpleViT(nn.Module):
             )
         if dim % num_heads:
             raise UserError(f"dim {dim} is not a multiple of num_heads {num_heads}: change one of them")
-        num_tokens = (image_size // patch_size) ** 2 + 1  # the patches and the class token
+        num_patches = (image_size // patch_size) ** 2
+        num_tokens = num_patches if mean_pooling else num_patches + 1
         self.patch_embed = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-        # The class token and the positions are learned. They start as draws from N(0, 1).
-        self.class_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.positions = nn.Parameter(torch.randn(1, num_tokens, dim))
+        # The class token and the positions are learned.
+        self.class_token = None if mean_pooling else nn.Parameter(embedding_std * torch.randn(1, 1, dim))
+        self.positions = nn.Parameter(embedding_std * torch.randn(1, num_tokens, dim))
         blocks = []
-        for _ in range(depth):
+        for number in range(depth):
             block = Block(
                 dim=dim,
                 num_heads=num_heads,
@@ -115,6 +126,7 @@ class SimpleViT(nn.Module):
                 pre_norm=pre_norm,
                 attention_dropout=attention_dropout,
                 dropout=dropout,
+                drop_path=drop_path * number / max(1, depth - 1),
             )
             blocks.append(block)
         self.blocks = nn.Sequential(*blocks)
@@ -131,11 +143,12 @@ class SimpleViT(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B = len(x)
         x = self.patch_embed(x)  # (B, D, H / patch_size, W / patch_size)
-        x = x.flatten(2).transpose(1, 2)  # one row per patch: (B, N - 1, D)
-        class_token = self.class_token.expand(B, -1, -1)  # (B, 1, D)
-        x = torch.cat([class_token, x], dim=1)  # (B, N, D)
-        x = x + self.positions
+        x = x.flatten(2).transpose(1, 2)  # one row per patch: (B, num_patches, D)
+        if self.class_token is not None:
+            class_token = self.class_token.expand(B, -1, -1)  # (B, 1, D)
+            x = torch.cat([class_token, x], dim=1)
+        x = x + self.positions  # (B, N, D)
         x = self.blocks(x)
         x = self.norm(x)
-        x = x[:, 0]  # the class token: (B, D)
+        x = x.mean(dim=1) if self.class_token is None else x[:, 0]  # (B, D)
         return self.head(self.head_dropout(x))  # (B, num_classes)
