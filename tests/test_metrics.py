@@ -42,6 +42,18 @@ def test_metrics_are_scikit_learns(num_classes, true_classes):
     assert ours == pytest.approx(expected, abs=1e-12)
 
 
+def test_ranks_of_tied_classes_are_scikit_learns():
+    g = torch.Generator().manual_seed(0)
+    logits, labels = (
+        torch.randint(0, 4, (500, 12), generator=g).float(),
+        torch.randint(0, 12, (500,), generator=g),
+    )
+    ranks = metrics.true_ranks(logits, labels)
+    for k in (1, 3, 5, 11):
+        expected = reference.top_k_accuracy_score(labels, logits.numpy(), k=k, labels=np.arange(12))
+        assert (ranks < k).double().mean().item() == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("num_classes", [2, 5])
 def test_top5_of_few_classes_is_one(num_classes):
     assert metrics.compute(random_predictions(num_classes))["top5_accuracy"] == 1.0
