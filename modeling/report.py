@@ -30,6 +30,8 @@ CSV_COLUMNS = (
     "trainable_parameters",
 )
 _NUMBERED_CELLS = 30  # with more classes the cells of a confusion matrix have no numbers
+_NAMED_CLASSES = 120  # with more classes their names would overlap
+_MOST_CELLS = 2000  # in a row of the confusion matrix
 # With more probabilities than this (about 50 MB), predictions_*.csv has only the NUM_TOP largest of each
 # image.
 MOST_PROBABILITIES = 5_000_000
@@ -200,31 +202,39 @@ def _predictions_csv(one: Evaluated) -> str:
 def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
     """Draw the confusion matrix as a PNG. A row is a true class, a column a predicted class.
 
-    The colour is the share of the row; the number in a cell is a count of images.
+    The colour is the share of the row; the number in a cell is a count of images. Above _NAMED_CLASSES
+    classes the axes have class numbers instead of names; above _MOST_CELLS a cell is a block of classes.
     """
     count = len(one.classes)
-    matrix = confusion_matrix(one.predictions.labels, one.predictions.predicted, labels=range(count))
+    side_cells = min(count, _MOST_CELLS)
+    true_cells = one.predictions.labels.numpy() * side_cells // count
+    predicted_cells = one.predictions.predicted.numpy() * side_cells // count
+    matrix = confusion_matrix(true_cells, predicted_cells, labels=range(side_cells))
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     names = [name if len(name) <= 30 else name[:29] + "…" for name in one.classes]
-    longest = max(len(name) for name in names)
-    side = min(40.0, 3.0 + 0.5 * count + 0.06 * longest)  # inches
+    is_named = count <= _NAMED_CLASSES
+    longest = max(len(name) for name in names) if is_named else 0
+    side = min(40.0 if is_named else 12.0, 3.0 + 0.5 * count + 0.06 * longest)  # inches
     figure = Figure(figsize=(side + 1.0, side), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    extent = None if is_named else (-0.5, count - 0.5, count - 0.5, -0.5)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, extent=extent)
     figure.colorbar(picture, ax=axes, label="share of the true class", shrink=0.8)
     font_size = 10 if count <= _NUMBERED_CELLS else max(3, 10 * _NUMBERED_CELLS / count)
-    axes.set_xticks(
-        range(count),
-        names,
-        rotation=45,
-        ha="right",
-        rotation_mode="anchor",
-        fontsize=font_size,
-        parse_math=False,
-    )
-    axes.set_yticks(range(count), names, fontsize=font_size, parse_math=False)
-    axes.set(xlabel="predicted", ylabel="true")
+    if is_named:
+        axes.set_xticks(
+            range(count),
+            names,
+            rotation=45,
+            ha="right",
+            rotation_mode="anchor",
+            fontsize=font_size,
+            parse_math=False,
+        )
+        axes.set_yticks(range(count), names, fontsize=font_size, parse_math=False)
+    suffix = "" if is_named else ", by number of the class"
+    axes.set(xlabel=f"predicted{suffix}", ylabel=f"true{suffix}")
     axes.set_title(
         f"{one.name}: accuracy {one.row['accuracy']:.4f} on {one.row['num_samples']:,} images",
         parse_math=False,

@@ -89,7 +89,7 @@ def test_the_report_has_every_class_and_the_averages_of_metrics_csv(tmp_path):
     assert f"{one.row['accuracy']:.4f}" in text
 
 
-@pytest.mark.parametrize("count", [2, 10, 100])
+@pytest.mark.parametrize("count", [2, 10, 100, 300])
 def test_the_confusion_matrix_is_a_picture_of_any_number_of_classes(tmp_path, count):
     classes = [f"{ODD[i % len(ODD)]} {i}" for i in range(count)]
     report.plot_confusion_matrix(tmp_path / "c.png", evaluated(classes=classes, n=50 * count))
