@@ -37,13 +37,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise UserError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def tensor_forms(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype (as safetensors names it) and shape of each tensor of a file, without reading the tensors."""
-    with open_safetensors(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-
-
 def open_safetensors(path: Path):
     """Open a safetensors file. Opening it checks that its length fits its header.
 

@@ -58,8 +58,9 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
     backbone = model.backbone if probe else model
     state = strip_prefixes(state, backbone)
     head = {key: state.pop(key) for key in list(state) if probe and key.startswith("head.")}
-    state = adapt(state, backbone, path)
-    fitted = fit_positions(state, backbone)
+    shapes = {key: value.shape for key, value in state.items()}
+    state = fit_positions(adapt(state, backbone, path), backbone)
+    fitted = [key for key, shape in shapes.items() if key in state and state[key].shape != shape]
     if probe:
         state = {f"backbone.{key}": value for key, value in state.items()} | head
     add_shared(state, model)

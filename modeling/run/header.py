@@ -103,6 +103,33 @@ def validate(header: dict[str, Any]) -> None:
     require(is_number(header["clock"].get("train_seconds"), 0), "clock.train_seconds must be a number")
 
 
+def validate_state(header: dict[str, Any], position_names: set[str]) -> None:
+    """Check the header of a state to resume from. UserError: says which field is wrong."""
+    names = {"launcher", "position", "arguments", "optimizer", "ema_updates", "scaler"}
+    require(isinstance(header, dict) and header.keys() >= names, f"it must have {', '.join(sorted(names))}")
+    for name in ("position", "arguments", "optimizer"):
+        require(isinstance(header[name], dict), f"{name} must be an object")
+    require(
+        header["scaler"] is None or isinstance(header["scaler"], dict), "scaler must be an object or null"
+    )
+    require(is_int(header["ema_updates"], 0), "ema_updates must be a number of steps")
+    require(is_text(header["arguments"].get("optimizer"), 1), "arguments.optimizer must be text")
+    for number, values in header["optimizer"].items():
+        require(number.isdecimal() and isinstance(values, dict), "optimizer must have a number's values")
+        require(all(map(is_number, values.values())), "values of the optimizer must be numbers")
+    position = header["position"]
+    require(position.keys() == position_names, f"position must have {', '.join(sorted(position_names))}")
+    for name in ("epoch", "step", "num_seen", "best_epoch", "log_bytes"):
+        require(is_int(position[name], 0), f"position.{name} must be a count")
+    require(position["best"] is None or is_number(position["best"]), "position.best must be a number")
+    require(is_number(position["seconds"], 0), "position.seconds must be a number")
+    require(isinstance(position["finished"], bool), "position.finished must be true or false")
+    for name in ("best_scores", "test"):
+        scores = position[name]
+        require(isinstance(scores, dict) or (name == "test" and scores is None), f"{name} must be an object")
+        require(all(map(is_number, (scores or {}).values())), f"position.{name} must be numbers")
+
+
 def validate_preprocessing(fields: dict[str, Any]) -> None:
     """Check the fields of a Preprocessing. UserError: says which is wrong."""
     names = {"image_size", "mean", "std", "crop_fraction", "interpolation"}
