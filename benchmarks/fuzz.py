@@ -3,10 +3,10 @@
     python benchmarks/fuzz.py                               # 10,000 mutations
     python benchmarks/fuzz.py --mutations 500 --seed 7      # the same seed gives the same mutations
 
-Every file must load as it was, or be refused by a UserError (exit status 2). A record that was edited and given
-a new digest may also be valid, and load as another one. Outcomes that are wrong: `traceback`, `altered` (damage
-that loads unseen), `slow` (above 10 s), `memory` (above 1 GB), `outside` (a file outside --output-dir). Exit status
-1: there was one.
+Every file must load as it was, or be refused by a UserError (exit status 2). A record that was edited and
+given a new digest may also be valid, and load as another one. Outcomes that are wrong: `traceback`, `altered`
+(damage that loads unseen), `slow` (above 10 s of the processor, or 100 s), `memory` (above 1 GB) and `outside`
+(a file was written outside --output-dir). Exit status 1: there was one.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import io
 import json
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -34,7 +35,7 @@ import torch
 from accelerate import Accelerator
 
 import train
-from modeling import evaluation, models
+from modeling import cost, evaluation, models
 from modeling.errors import UserError
 from modeling.files import HEADER_KEY, read_tensors, tensors_digest, unique_tensors
 from modeling.optim import build_optimizer
@@ -44,7 +45,7 @@ from modeling.run.header import header_digest
 LIMIT_SECONDS = 10
 LIMIT_KILOBYTES = 2**20
 BAD = ("traceback", "altered", "slow", "memory", "outside")
-EVALUATED = 10  # evaluate.py runs on one of so many edited checkpoints that load
+EVALUATED = 25  # evaluate.py runs on one of so many edited checkpoints that load
 MODEL = "timm/test_resnet"
 DEEP = json.loads(300 * "[" + 300 * "]")
 ODD = (None, True, 0, -1, 1, 2, 3, 0.5, -0.5, 1e9, 1e300, 10**6, 2**31, 10**12, 10**400, float("nan"))
@@ -151,7 +152,7 @@ class Material:
         torch.manual_seed(0)
         backbone = timm.create_model(MODEL.removeprefix("timm/"), num_classes=10)
         self.weights = safetensors.torch.save(unique_tensors(backbone.state_dict()))
-        record = {key: value for key, value in vars(backbone.pretrained_cfg).items() if value is not None}
+        record = {key: value for key, value in backbone.pretrained_cfg.items() if value is not None}
         self.config = {
             "architecture": "test_resnet",
             "num_classes": 10,
@@ -165,9 +166,8 @@ class Material:
         """Write a file in a folder of its own, as nothing may remember an earlier one."""
         self.count += 1
         folder = self.tried / str(self.count % 50)
-        folder.mkdir(exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         path = folder / name
         path.write_bytes(content)
         return path
@@ -277,8 +277,10 @@ def outcome_of(action: Callable[[random.Random], str], rng: random.Random) -> tu
         raise Slow
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(LIMIT_SECONDS)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, stop)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT_SECONDS)  # for what waits and does not compute
     try:
         outcome, note = action(rng), ""
     except UserError as error:
@@ -288,8 +290,8 @@ def outcome_of(action: Callable[[random.Random], str], rng: random.Random) -> tu
     except BaseException:
         outcome, note = "traceback", traceback.format_exc()
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > LIMIT_KILOBYTES:
         outcome = "memory"
     return outcome, note
@@ -323,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the mutations (default: 0)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    cost.ROUND_SECONDS = 0.001  # nothing looks at the times
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = (
@@ -338,9 +341,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'':22}" + "".join(f"{outcome:>12}" for outcome in outcomes))
     for what in dict.fromkeys(what for what, _ in counts):
         print(f"{what:22}" + "".join(f"{counts[what, outcome]:>12,}" for outcome in outcomes))
-    print(
-        f"{args.mutations:,} mutations, seed {args.seed}, {time.monotonic() - start:.0f} s, {len(failures)} wrong"
-    )
+    seconds = time.monotonic() - start
+    print(f"{args.mutations:,} mutations, seed {args.seed}, {seconds:.0f} s, {len(failures)} wrong")
     print("\n".join(failures[:20]), file=sys.stderr)
     return 1 if failures else 0
 
