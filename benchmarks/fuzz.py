@@ -5,7 +5,7 @@
 
 Every file must load as it was, or be refused by a UserError (exit status 2). A record that was edited and
 given a new digest may also be valid, and load as another one. Outcomes that are wrong: `traceback`, `altered`
-(damage that loads unseen), `slow` (above 10 s of the processor, or 100 s), `memory` (above 1 GB) and `outside`
+(damage that loads unseen), `slow` (above 10 s of CPU time, or 100 s), `memory` (above 1 GB) and `outside`
 (a file was written outside --output-dir). Exit status 1: there was one.
 """
 
