@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ def build_model(
 ) -> nn.Module:
     """Build a model: images (B, 3, image_size, image_size), float32 -> logits (B, num_classes).
 
-    The weights are drawn from torch's generator. If `weights` has a safetensors file, or is one, its tensors
-    then replace them, and the arguments that its record has are used. model_args go to the constructor,
-    because each model has arguments of its own. UserError: the name is unknown, the model cannot take the
-    image size, or the weights do not fit.
+    Weights are drawn from torch's generator, then replaced by those of the file `weights`, if it is given.
+    model_args go to the constructor, because each model has arguments of its own. Those that the record of
+    `weights` has are used too. UserError: the name is unknown, the model cannot take the image size, or the
+    weights do not fit.
     """
     check_model_name(name)
     if image_size > MAX_IMAGE_SIZE:
@@ -81,10 +82,7 @@ def build_model(
             raise UserError(
                 f"{path} has {num_there:,} numbers, but the model of its record would have {num_wanted:,}"
             )
-    try:
-        model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
-    except TypeError as error:
-        raise UserError(f"model {name} cannot be built: {error}") from error
+    model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
     if path:
         load_state(model, tensors, path)
     return set_memory_layout(model)
@@ -105,8 +103,13 @@ def build_empty_model(num_tensors: int, arguments: dict[str, Any]) -> nn.Module:
 
     handle = register_module_parameter_registration_hook(count)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return build_model(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a constructor raises whatever it comes across
+        raise UserError(f"model {arguments['name']} cannot be built: {error}") from error
     finally:
         handle.remove()
 
@@ -116,7 +119,7 @@ def model_arguments(
 ) -> dict[str, Any]:
     """Return the constructor's arguments: the recipe's, overridden by the flags.
 
-    UserError: a patch size is given for another model than vit_scratch.
+    UserError: a patch size is given, but the model is not vit_scratch.
     """
     arguments = dict(recipe.model_args)
     if name == "vit_scratch":
@@ -144,10 +147,10 @@ def default_image_size(name: str, weights: Weights | None = None) -> int | None:
 def preprocessing(
     name: str, recipe: recipes.Recipe, image_size: int, weights: Weights | None = None
 ) -> Preprocessing:
-    """Return the preprocessing that the weights were trained with, at `image_size`.
+    """Return the preprocessing of the weights, with `image_size` in place of their own image size.
 
-    A backbone with random weights uses timm's record. A model from scratch uses the recipe's mean and std,
-    and no crop.
+    A backbone with random weights uses timm's record of its pretrained weights. A model from scratch uses the
+    recipe's mean and std, and no crop.
     """
     own = (weights or find_weights(name)).preprocessing or Preprocessing(
         image_size=image_size, mean=recipe.mean, std=recipe.std
@@ -156,6 +159,6 @@ def preprocessing(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count all parameters, and the trainable ones."""
+    """Return the number of all parameters and the number of trainable ones."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trainable in counts if trainable)

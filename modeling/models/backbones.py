@@ -57,8 +57,8 @@ def create_backbone(
     """
     timm_args = dict(timm_args or {})
     name = timm_name(model)
-    # On a CPU, attention as two matrix products and a softmax is faster than fused attention. It needs more
-    # memory, but little of it for images up to 512 pixels, which have few tokens.
+    # On a CPU, attention as two matrix products and a softmax is faster than fused attention, but needs more
+    # memory. Images up to 512 pixels have few tokens, so the memory is small.
     timm.layers.set_fused_attn(torch.cuda.is_available() or image_size > 512)
     takes_size = pretrained_config(model).fixed_input_size or timm_args.pop("img_size", None)
     drop_rate = timm_args.pop("drop_rate", 0.0)
@@ -68,7 +68,7 @@ def create_backbone(
             pretrained=False,
             num_classes=num_classes,
             drop_rate=drop_rate if head_dropout is None else head_dropout,
-            img_size=image_size if takes_size else None,  # timm drops an argument that is None
+            img_size=image_size if takes_size else None,  # timm ignores an argument that is None
             **timm_args,
         )
         if timm_args or image_size != pretrained_config(model).input_size[-1]:
@@ -92,7 +92,7 @@ class ViTLinearProbe(nn.Module):
 
     Input: images (B, 3, S, S) or features (B, 192), float. Output: logits (B, num_classes). The backbone gets
     no gradient and stays in eval mode while the head trains. With 10 classes, 1,930 of 5,526,346 parameters
-    are trainable. head_dropout 0.1 is the notebook's variant.
+    are trainable. The notebook also has a variant with head_dropout 0.1.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ def check_digest(state: dict[str, torch.Tensor], header: dict[str, Any], path: P
 def head_keys(model: nn.Module) -> list[str]:
     """Return the keys of the layers whose shape depends on the number of classes.
 
-    This is the last layer, or the two heads of a distilled model.
+    They belong to the last layer, or to the two heads of a distilled model.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     heads = (

@@ -174,7 +174,7 @@ def _check_architecture(model: str, recorded: str, path: Path) -> None:
 
 
 def timm_preprocessing(record: dict[str, Any], source: str) -> Preprocessing:
-    """Convert timm's record of a model's weights. UserError: it has something that this program cannot do."""
+    """Convert timm's record of a model's weights. UserError: it has something that cannot be done here."""
     size, crop, mode = record["input_size"], record["crop_pct"], record.get("crop_mode") or "center"
     try:
         require(

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with -dirty where tracked files differ from it; None outside one."""
+    """The commit of this checkout, with "-dirty" if tracked files have changed. None: there is no git."""
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -69,10 +69,10 @@ def make_header(
     dataset: dict[str, Any],
     weights: Weights,
 ) -> dict[str, Any]:
-    """What a checkpoint records of its run.
+    """Return what a checkpoint records about its run.
 
-    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and
-    fingerprint.
+    model: the arguments of build_model. arguments: the resolved settings. dataset: its name, its revision and
+    the SHA-256 of its training images.
     """
     return {
         "model": model,
@@ -89,7 +89,7 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. Times go to `clock`; all else is reproducible.
+    """Write weights and a header of JSON values. `clock` holds the times; the rest is reproducible.
 
     A tensor with several names is saved once. The header gets the digests of the tensors and of itself.
     """
@@ -105,9 +105,9 @@ def save_checkpoint(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, checked.
+    """Read and check a checkpoint's header.
 
-    UserError: not a whole safetensors file, not one of ours, or its header is damaged or not valid.
+    UserError: the file is broken, train.py did not write it, or its header is damaged or not valid.
     """
     with open_safetensors(Path(path)) as file:
         return _parse(Path(path), file.metadata() or {})
@@ -122,7 +122,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model from the file alone, and return it in eval mode, with the header.
+    """Rebuild the model from the file alone. Return it in eval mode, with the header.
 
     The model takes memory only after its shapes were found to be those of the file. UserError: not a whole
     safetensors file, not one of ours, altered since it was written, or it does not fit its own model.
