@@ -17,9 +17,11 @@ settings          every value that a run uses, resolved once
 progression       everything that changes during a run
 data/             sources (names and folders -> splits and classes), images (which images, where their
                   pixels are), resize, decoding, store (decoded images on disk)
-models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
+models/           build_model; timm backbones and the linear probe; weights (where they are, their record),
+                  tensors (reading and fitting them), positions, layout; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
-run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
+run/              files (every file name of a run), lock (one owner), checkpoint, header (what a checkpoint
+                  says of itself, checked), state (to resume from),
                   preemption (Ctrl-C and signals), tracking (TensorBoard and metrics.jsonl), launch
                   (processes, threads, precision)
 metrics           accuracy, F1 and others, as local `evaluate` modules

@@ -144,10 +144,11 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
         patch_size=flags["patch_size"],
         head_dropout=flags["head_dropout"],
     )
+    model_args = weights.combine_arguments(model_args)
     model_args |= {"name": flags["model"], "num_classes": len(source.classes), "image_size": image_size}
     use_deterministic_algorithms(flags["deterministic"])
     torch.manual_seed(randomness.seed(flags["seed"], randomness.INIT))
-    raw_model = models.build_model(**model_args, weights=weights.path)
+    raw_model = models.build_model(**model_args, weights=weights)
 
     # Settings: the flags become one frozen object. The training loop reads only this.
     settings = resolve(

@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT
 
 from modeling import models
-from modeling.files import atomic_write, write_text
+from modeling.errors import UserError
+from modeling.files import atomic_write, read_tensors, tensors_digest, write_text
 from modeling.run import checkpoint
 from modeling.run.files import RunFiles
+from modeling.run.header import header_digest
 
 MODEL = {
     "name": "cnn_small",
@@ -28,9 +30,29 @@ MODEL = {
 }
 
 
+HEADER = {
+    "model": MODEL,
+    "classes": ["a", "b", "ü"],
+    "preprocessing": {
+        "image_size": 8,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "crop_fraction": None,
+        "interpolation": "bilinear",
+    },
+    "arguments": {"model": "cnn_small", "run_name": "run", "seed": 42, "val_fraction": 0.1},
+    "dataset": {"name": "digits", "revision": None, "train_sha256": 64 * "0"},
+    "weights": {"source": "random", "revision": None},
+    "versions": {"torch": "2"},
+    "git_commit": None,
+    "epoch": 1,
+    "step": 3,
+    "metrics": {"accuracy": 0.5},
+}
+
+
 def save(path, model, **header):
-    header = {"model": MODEL, "classes": ["a", "b", "ü"], "metrics": {"accuracy": 0.5}, **header}
-    checkpoint.save_checkpoint(path, model.state_dict(), header, {"train_seconds": 1.0})
+    checkpoint.save_checkpoint(path, model.state_dict(), {**HEADER, **header}, {"train_seconds": 1.0})
 
 
 @pytest.fixture
@@ -86,15 +108,123 @@ def test_broken_and_foreign_files_are_refused_in_one_line(tmp_path, model):
         checkpoint.load_model(tmp_path / "plain.safetensors")
     with pytest.raises(ValueError, match="is not a file"):
         checkpoint.load_model(tmp_path / "absent.safetensors")
-    save(tmp_path / "newer.safetensors", model, format_version=99)
-    with pytest.raises(ValueError, match="format version 99"):
+    save(tmp_path / "newer.safetensors", model)
+    rewrite(tmp_path / "newer.safetensors", tmp_path / "newer.safetensors", format_version=99)
+    with pytest.raises(ValueError, match="format version 99 is newer"):
         checkpoint.load_model(tmp_path / "newer.safetensors")
     state = model.state_dict()
     state.pop("classifier.4.bias")
-    header = {"model": MODEL}
-    checkpoint.save_checkpoint(tmp_path / "lacks.safetensors", state, header, {})
-    with pytest.raises(ValueError, match=r"missing \['classifier.4.bias'\]"):
+    checkpoint.save_checkpoint(tmp_path / "lacks.safetensors", state, HEADER, {"train_seconds": 1.0})
+    with pytest.raises(ValueError, match="does not fit the model: it lacks classifier.4.bias"):
         checkpoint.load_model(tmp_path / "lacks.safetensors")
+
+
+def rewrite(path, source, tensors=None, *, digest=True, **changes):
+    """Write a checkpoint again with another header, and with the digest that fits it."""
+    state, metadata = read_tensors(source)
+    header = {**json.loads(metadata["checkpoint"]), **changes}
+    if digest:
+        header["tensors_sha256"] = tensors_digest(tensors or state)
+        header["header_sha256"] = header_digest(header)
+    safetensors.torch.save_file(tensors or state, path, metadata={"checkpoint": json.dumps(header)})
+
+
+def test_altered_checkpoints_are_refused(tmp_path, model):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save(good, model)
+    content = bytearray(good.read_bytes())
+    content[-3] ^= 1  # one bit of a tensor
+    bad.write_bytes(content)
+    with pytest.raises(ValueError, match="the tensors of .* were altered"):
+        checkpoint.load_model(bad)
+    rewrite(bad, good, digest=False, epoch=2)
+    with pytest.raises(ValueError, match="its digest differs"):
+        checkpoint.read_header(bad)
+    rewrite(bad, good, format_version=1)
+    with pytest.raises(ValueError, match="format version 1 is older"):
+        checkpoint.read_header(bad)
+    rewrite(bad, good)
+    assert checkpoint.load_model(bad)[1]["classes"] == HEADER["classes"]
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"arguments": HEADER["arguments"] | {"run_name": "../x"}}, "run_name must be a plain file name"),
+        ({"arguments": HEADER["arguments"] | {"run_name": 3}}, "run_name must be a plain file name"),
+        ({"arguments": HEADER["arguments"] | {"val_fraction": "0.1"}}, "val_fraction must lie"),
+        ({"arguments": HEADER["arguments"] | {"model": "cnn"}}, "the two names of the model"),
+        ({"classes": ["a", "b", "a"]}, "classes must differ"),
+        ({"classes": ["a", "b"]}, "as many classes as outputs"),
+        ({"classes": ["a", "b", 3]}, "classes must be a list of names"),
+        ({"classes": ["a", "b", "\ud800"]}, "broken JSON"),
+        ({"preprocessing": {"image_size": 8}}, "preprocessing must have crop_fraction"),
+        ({"preprocessing": HEADER["preprocessing"] | {"mean": [0.5]}}, "mean must be 3 finite numbers"),
+        ({"preprocessing": HEADER["preprocessing"] | {"std": [1, 1, 0]}}, "std must be 3 positive"),
+        ({"preprocessing": HEADER["preprocessing"] | {"crop_fraction": 2}}, "crop's fraction must be"),
+        ({"preprocessing": HEADER["preprocessing"] | {"image_size": 16}}, "image sizes must be equal"),
+        ({"model": MODEL | {"image_size": 30_000}}, "image_size must be 1 to 2048"),
+        (
+            {
+                "model": MODEL | {"name": "timm/absent"},
+                "arguments": HEADER["arguments"] | {"model": "timm/absent"},
+            },
+            "timm has no model 'absent'",
+        ),
+        ({"model": MODEL | {"hidden": 10**9}}, "too large for an argument"),
+        ({"model": MODEL | {"hidden": 10**6}}, "other shapes of classifier"),
+        ({"model": MODEL | {"hidden": "5"}}, "cnn_small cannot be built"),
+        ({"model": MODEL | {"hiden": 5}}, "cnn_small cannot be built"),
+        ({"model": MODEL | {"channels": 50 * [4]}}, "too small for 50 halvings"),
+        ({"model": MODEL | {"weights": "/etc/passwd"}}, "weights is not an argument"),
+        ({"model": []}, "model must be an object"),
+        ({"metrics": {"accuracy": "high"}}, "metrics must be numbers"),
+        ({"clock": {}}, "saved_at must be text"),
+    ],
+)
+def test_headers_that_are_not_valid_are_refused_in_one_line(tmp_path, model, changes, words):
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save(good, model)
+    rewrite(bad, good, **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        checkpoint.load_model(bad)
+    assert type(error.value) is UserError
+
+
+def test_a_header_cannot_take_much_memory_or_time(tmp_path, model):
+    """A billion layers are refused when more are built than the file has."""
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    save(good, model)
+    arguments = HEADER["arguments"] | {"model": "vit_scratch"}
+    vit = {"name": "vit_scratch", "num_classes": 3, "image_size": 8}
+    for more, words in (({"depth": 10**6}, "far more than"), ({"dim": 2**20}, "does not fit the model")):
+        rewrite(bad, good, model=vit | more, arguments=arguments)
+        with pytest.raises(ValueError, match=words):
+            checkpoint.load_model(bad)
+    bad.write_bytes((90_000_000).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="its header would have 90,000,000 bytes"):
+        checkpoint.load_model(bad)
+    rewrite(bad, good, tensors={k: v.int().contiguous() for k, v in model.state_dict().items()})
+    with pytest.raises(ValueError, match="another kind of numbers"):
+        checkpoint.load_model(bad)
+
+
+def test_a_module_in_two_places_is_saved_once(tmp_path):
+    torch.manual_seed(0)
+    model = models.build_model("timm/coat_tiny", num_classes=3, image_size=32).eval()
+    path = tmp_path / "m.safetensors"
+    header = {
+        **HEADER,
+        "model": {"name": "timm/coat_tiny", "num_classes": 3, "image_size": 32},
+        "arguments": HEADER["arguments"] | {"model": "timm/coat_tiny"},
+        "preprocessing": HEADER["preprocessing"] | {"image_size": 32},
+    }
+    checkpoint.save_checkpoint(path, model.state_dict(), header, {"train_seconds": 1.0})
+    assert len(read_tensors(path)[0]) < len(model.state_dict())
+    loaded, _ = checkpoint.load_model(path)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(x), model(x))
+    assert loaded.cpe1.proj.weight is loaded.serial_blocks1[0].cpe.proj.weight
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -122,7 +252,9 @@ from modeling.run import checkpoint
 print("ready", flush=True)
 for i in range(10**6):
     tensors = {{"w": torch.full((300_000,), float(i))}}
-    checkpoint.save_checkpoint(Path({str(path)!r}), tensors, {{"step": i}}, {{}})
+    checkpoint.save_checkpoint(
+        Path({str(path)!r}), tensors, {{**{HEADER!r}, "step": i}}, {{"train_seconds": 1.0}}
+    )
     if i == 0: print("first", flush=True)
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)

@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from modeling import recipes
 from modeling.data.resize import Preprocessing
@@ -14,8 +16,11 @@ from modeling.errors import UserError
 from modeling.models import backbones
 from modeling.models.backbones import ViTLinearProbe
 from modeling.models.cnn import SimpleCNN
+from modeling.models.layout import set_memory_layout
+from modeling.models.tensors import load_state, read_state
 from modeling.models.vit import SimpleViT
-from modeling.models.weights import Weights, load_weights, locate_weights
+from modeling.models.weights import Weights, locate_weights, read_weights
+from modeling.run.header import MAX_IMAGE_SIZE
 
 FROM_SCRATCH = {"cnn": SimpleCNN, "cnn_small": SimpleCNN, "vit_scratch": SimpleViT}
 PRETRAINED = {
@@ -43,20 +48,70 @@ def file_name(model: str) -> str:
 
 
 def build_model(
-    name: str, *, num_classes: int, image_size: int, weights: Path | None = None, **model_args: Any
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    weights: Weights | Path | None = None,
+    **model_args: Any,
 ) -> nn.Module:
     """Build a model: images (B, 3, image_size, image_size), float32 -> logits (B, num_classes).
 
     Weights are drawn from torch's generator, then replaced by those of the file `weights`, if it is given.
-    model_args go to the constructor, because each model has arguments of its own. UserError: the name is
-    unknown, the model cannot take the image size, or the weights do not fit.
+    model_args go to the constructor, because each model has arguments of its own. Those that the record of
+    `weights` has are used too. UserError: the name is unknown, the model cannot take the image size, or the
+    weights do not fit.
     """
     check_model_name(name)
+    if image_size > MAX_IMAGE_SIZE:
+        raise UserError(f"image size {image_size} is too large: give at most {MAX_IMAGE_SIZE}")
+    if isinstance(weights, Path):
+        weights = read_weights(name, weights, from_scratch=name in FROM_SCRATCH)
     constructor = MODELS.get(name) or functools.partial(backbones.create_backbone, name)
+    path = weights.path if weights else None
+    tensors = read_state(path) if path else {}
+    if path and weights.model_args:
+        model_args = weights.combine_arguments(model_args)
+        # A record of a few letters can describe a model of any size.
+        arguments = {"name": name, "num_classes": num_classes, "image_size": image_size, **model_args}
+        num_wanted, num_there = (
+            sum(value.numel() for value in state.values())
+            for state in (build_empty_model(len(tensors), arguments).state_dict(), tensors)
+        )
+        if num_wanted > 4 * num_there + num_classes * 2**16:
+            raise UserError(
+                f"{path} has {num_there:,} numbers, but the model of its record would have {num_wanted:,}"
+            )
     model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
-    if weights:
-        load_weights(model, weights)
-    return model.to(memory_format=torch.channels_last)
+    if path:
+        load_state(model, tensors, path)
+    return set_memory_layout(model)
+
+
+def build_empty_model(num_tensors: int, arguments: dict[str, Any]) -> nn.Module:
+    """Build a model whose tensors have shapes but no memory (torch's meta device).
+
+    UserError: it would have many more tensors than num_tensors, or it cannot be built.
+    """
+    num_registered = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal num_registered
+        num_registered += 1
+        if num_registered > 4 * num_tensors + 1000:
+            raise UserError(f"the model that is described has far more than {num_tensors} tensors")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return build_model(**arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a constructor raises whatever it comes across
+        raise UserError(f"model {arguments['name']} cannot be built: {error}") from error
+    finally:
+        handle.remove()
 
 
 def model_arguments(

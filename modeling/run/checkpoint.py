@@ -15,11 +15,19 @@ from torch import nn
 
 from modeling.data.resize import Preprocessing
 from modeling.errors import UserError
-from modeling.files import HEADER_KEY, atomic_write, open_safetensors, read_tensors
-from modeling.models import build_model
+from modeling.files import (
+    HEADER_KEY,
+    atomic_write,
+    open_safetensors,
+    read_tensors,
+    tensors_digest,
+    unique_tensors,
+)
+from modeling.models import build_empty_model, build_model
+from modeling.models.tensors import add_shared, check_digest, check_fit
 from modeling.models.weights import Weights
+from modeling.run.header import FORMAT_VERSION, header_digest, parse_header
 
-FORMAT_VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -81,20 +89,26 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. `clock` holds the times; the rest is reproducible."""
+    """Write weights and a header of JSON values. `clock` holds the times; the rest is reproducible.
+
+    A tensor with several names is saved once. The header gets the digests of the tensors and of itself.
+    """
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
-    header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    state = unique_tensors(state)
+    header = {"format_version": FORMAT_VERSION, **header, "tensors_sha256": tensors_digest(state)}
+    # The digest is of the header as it will be read, in which tuples are lists.
+    header = json.loads(json.dumps(header, allow_nan=False))
+    header |= {"header_sha256": header_digest(header), "clock": clock}
+    text = json.dumps(header, allow_nan=False, sort_keys=True)
     with atomic_write(path) as file:
-        file.write(
-            safetensors.torch.save(
-                state, metadata={HEADER_KEY: json.dumps(header, allow_nan=False, sort_keys=True)}
-            )
-        )
+        file.write(safetensors.torch.save(state, metadata={HEADER_KEY: text}))
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint's header. UserError: the file is broken, or train.py did not write it."""
+    """Read and check a checkpoint's header.
+
+    UserError: the file is broken, train.py did not write it, or its header is damaged or not valid.
+    """
     with open_safetensors(Path(path)) as file:
         return _parse(Path(path), file.metadata() or {})
 
@@ -104,26 +118,22 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise UserError(
             f"{path} holds weights but no description of a model: give a checkpoint that train.py wrote"
         )
-    header = json.loads(metadata[HEADER_KEY])
-    if header["format_version"] > FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {header['format_version']}, but this program reads only up to "
-            f"{FORMAT_VERSION}: update the program"
-        )
-    return header
+    return parse_header(metadata[HEADER_KEY], path)
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model from the file alone. Return it in eval mode, with the header.
 
-    UserError: the file is broken, train.py did not write it, or its tensors do not fit the model.
+    The model takes memory only after its shapes were found to be those of the file. UserError: not a whole
+    safetensors file, not one of ours, altered since it was written, or it does not fit its own model.
     """
-    state, metadata = read_tensors(Path(path))
-    header = _parse(Path(path), metadata)
+    path = Path(path)
+    state, metadata = read_tensors(path)
+    header = _parse(path, metadata)
+    check_digest(state, header, path)
+    empty = build_empty_model(len(state), header["model"])
+    add_shared(state, empty)
+    check_fit(state, empty.state_dict(), path, exact=True)
     model = build_model(**header["model"])
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise UserError(
-            f"{path} does not fit its own model: missing {missing[:3]}, unexpected {unexpected[:3]}"
-        )
+    model.load_state_dict(state)
     return model.eval(), header

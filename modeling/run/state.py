@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -21,9 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling.errors import UserError
-from modeling.files import atomic_write
+from modeling.files import atomic_write, unique_tensors
+from modeling.models.tensors import add_shared
 from modeling.optim import Ema
 from modeling.run.files import RunFiles
+from modeling.run.header import parse_json, require, validate_state
 
 NUM_KEPT = 2  # states that a run keeps
 _KEY = "state"  # the metadata key in a state's file
@@ -99,8 +102,7 @@ class States:
             "ema_updates": self.ema.updates if self.ema else 0,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
         }
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        content = safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
+        content = safetensors.torch.save(unique_tensors(tensors), metadata={_KEY: json.dumps(header)})
         path = self.folder / f"step_{run_state.step:08d}_{_digest(content)}.safetensors"
         with atomic_write(path) as file:
             file.write(content)
@@ -145,6 +147,7 @@ class States:
         self.restored_digest = int(path.stem[-15:], 16)
         self.arguments_differ = bool(differing)
         groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
+        tensors.setdefault("totals", torch.empty(0))
         for key, value in tensors.items():
             group, _, name = key.partition(".")
             groups.setdefault(group, {})[name] = value
@@ -153,6 +156,7 @@ class States:
             number, _, name = key.partition(".")
             state.setdefault(int(number), {})[name] = value
         try:
+            self._check(groups, tensors["totals"])
             self.model.load_state_dict(groups["model"])
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
@@ -175,6 +179,24 @@ class States:
         if len(totals) != self.accelerator.num_processes:
             totals = F.pad(totals.sum(dim=0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
         return RunState(**header["position"]), totals[self.accelerator.process_index].to(device)
+
+    def _check(self, groups: dict[str, dict[str, torch.Tensor]], totals: torch.Tensor) -> None:
+        """UserError: the tensors are not those of this model, optimizer and average."""
+        add_shared(groups["model"], self.model)
+        require(
+            totals.dim() == 2 and totals.shape[1] == 2 and totals.dtype == torch.float64, "totals are odd"
+        )
+        parameters = [value for group in self.optimizer.param_groups for value in group["params"]]
+        for key, value in groups["optimizer"].items():
+            number = int(key.partition(".")[0])
+            require(number < len(parameters), f"optimizer.{key} is of no parameter")
+            require(
+                value.dim() == 0 or value.shape == parameters[number].shape, f"optimizer.{key} does not fit"
+            )
+        averages = self.ema.average if self.ema else {}
+        for key, value in groups["ema"].items():
+            fits = not averages or (key in averages and averages[key].shape == value.shape)
+            require(fits, f"ema.{key} does not fit")
 
 
 def _digest(content: bytes) -> str:
@@ -294,9 +316,18 @@ def read_newest(
     for path in list_states(folder):
         content = path.read_bytes()
         if path.stem.endswith(_digest(content)):
-            length = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-            return path, safetensors.torch.load(content), json.loads(metadata[_KEY])
+            return path, *_parse(content, path)
         if warn:
             print(f"{path} is truncated or altered: the state before it is used", file=sys.stderr, flush=True)
     return None
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return tensors and header of a state. UserError: this program did not write it."""
+    try:
+        metadata = parse_json(content[8 : 8 + int.from_bytes(content[:8], "little")].decode())["__metadata__"]
+        header = parse_json(metadata[_KEY])
+        validate_state(header, {field.name for field in dataclasses.fields(RunState)})
+        return safetensors.torch.load(content), header
+    except (UserError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is no state of this program: {error}") from error
