@@ -32,6 +32,7 @@ from modeling.errors import UserError
 from modeling.files import unique_tensors
 from modeling.models.weights import Weights
 from modeling.run import checkpoint
+from modeling.run.header import CHOICES
 
 NUM_CLASSES = 10
 NUM_CANDIDATES = 3  # models of a module that are looked at for the smallest
@@ -81,7 +82,12 @@ def try_model(name: str, folder: Path) -> tuple[float, str]:
         classes=[str(number) for number in range(NUM_CLASSES)],
         preprocessing=Preprocessing(image_size=side, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
         arguments={"model": arguments["name"], "run_name": name, "seed": 0, "val_fraction": 0.1},
-        dataset={"name": "digits", "revision": None, "train_sha256": "0"},
+        dataset={
+            "name": "digits",
+            "revision": None,
+            "train_sha256": "0",
+            "read": {"splits": {}, "left_out": {}, "choices": dict.fromkeys(CHOICES)},
+        },
         weights=Weights(),
     )
     header |= {"epoch": 1, "step": 2, "metrics": {}}

@@ -166,11 +166,8 @@ def recipe_key(model: Model) -> str:
 
     It is the header without the seed, names, times and results of training.
     """
-    header = {
-        name: value
-        for name, value in model.header.items()
-        if name not in ("git_commit", "epoch", "step", "metrics", "clock", "arguments", "dataset")
-    }
+    same = ("model", "classes", "preprocessing", "weights", "versions")
+    header = {name: model.header.get(name) for name in same}
     arguments = {
         name: value
         for name, value in model.header.get("arguments", {}).items()

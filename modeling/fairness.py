@@ -10,7 +10,7 @@ from modeling.compare import Entry
 # compares.
 _PARTS = ("weights", "preprocessing", "arguments", "dataset", "versions")
 # Values that the page does not list, because they are names or appear elsewhere.
-_HIDDEN = {"run_name", "model", "name", "revision", "dataset"}
+_HIDDEN = {"run_name", "model", "name", "revision", "dataset", "division_sha256", "read"}
 _LABELS = {
     "source": "weights",
     "augment": "augmentation",
@@ -43,7 +43,7 @@ def settings(model: Model) -> dict[str, str]:
 
 def value_text(value: Any) -> str:
     """Format a value of the header for people."""
-    if value is None:
+    if value is None or value == "":
         return "none"
     if value is True or value is False:
         return "yes" if value else "no"

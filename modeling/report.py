@@ -171,7 +171,7 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
 
 
 def _predictions_csv(one: Evaluated) -> str:
-    """Return one CSV row per image: row in the split, file, true and predicted class, all probabilities.
+    """Return one CSV row per image: row in the split, true and predicted class, all probabilities, file.
 
     With more than MOST_PROBABILITIES probabilities, only the NUM_TOP largest of each image are written.
     """
@@ -182,20 +182,20 @@ def _predictions_csv(one: Evaluated) -> str:
     if is_large:
         probabilities, top_classes = probabilities.topk(NUM_TOP, dim=1)
         top_columns = [f"{kind}{place}" for place in range(1, NUM_TOP + 1) for kind in ("class", "p")]
-        writer.writerow(["index", "file", "true", "predicted", *top_columns])
+        writer.writerow(["index", "true", "predicted", *top_columns, "file"])
     else:
         # "p(...)" keeps a class that is called "file" or "true" apart from the other columns.
-        writer.writerow(["index", "file", "true", "predicted", *(f"p({name})" for name in one.classes)])
+        writer.writerow(["index", "true", "predicted", *(f"p({name})" for name in one.classes), "file"])
     for i, row in enumerate(one.predictions.rows.tolist()):
         true, predicted = int(one.predictions.labels[i]), int(one.predictions.predicted[i])
-        cells = [row, one.file_of(row), one.classes[true], one.classes[predicted]]
+        cells = [row, one.classes[true], one.classes[predicted]]
         texts = [f"{probability:.6g}" for probability in probabilities[i].tolist()]
         if is_large:
             for number, text in zip(top_classes[i].tolist(), texts, strict=True):
                 cells += [one.classes[number], text]
         else:
             cells += texts
-        writer.writerow(cells)
+        writer.writerow([*cells, one.file_of(row)])
     return out.getvalue()
 
 

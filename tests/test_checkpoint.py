@@ -17,7 +17,7 @@ from modeling.errors import UserError
 from modeling.files import atomic_write, read_tensors, tensors_digest, write_text
 from modeling.run import checkpoint
 from modeling.run.files import RunFiles
-from modeling.run.header import header_digest
+from modeling.run.header import CHOICES, header_digest
 
 MODEL = {
     "name": "cnn_small",
@@ -41,7 +41,13 @@ HEADER = {
         "interpolation": "bilinear",
     },
     "arguments": {"model": "cnn_small", "run_name": "run", "seed": 42, "val_fraction": 0.1},
-    "dataset": {"name": "digits", "revision": None, "train_sha256": 64 * "0"},
+    "dataset": {
+        "name": "digits",
+        "revision": None,
+        "train_sha256": 64 * "0",
+        "division_sha256": None,
+        "read": {"splits": {"train": 3}, "left_out": {}, "choices": dict.fromkeys(CHOICES)},
+    },
     "weights": {"source": "random", "revision": None},
     "versions": {"torch": "2"},
     "git_commit": None,

@@ -71,7 +71,7 @@ def test_predictions_can_be_read_back(tmp_path):
     one = evaluated()
     report.write_evaluation(tmp_path, one)
     rows = read_csv(tmp_path / "predictions_run.csv")
-    assert list(rows[0]) == ["index", "file", "true", "predicted", *(f"p({name})" for name in ODD)]
+    assert list(rows[0]) == ["index", "true", "predicted", *(f"p({name})" for name in ODD), "file"]
     assert [int(row["index"]) for row in rows] == one.predictions.rows.tolist()
     assert rows[1]["file"] == "test/3.png"
     assert [ODD.index(row["true"]) for row in rows] == one.predictions.labels.tolist()

@@ -13,6 +13,7 @@ MAX_IMAGE_SIZE = 2048  # pixels. A batch of 64 such images takes 3 GB.
 MAX_CLASSES = 1_000_000
 MAX_TEXT = 4096  # characters of a name or a path
 MAX_ARGUMENT = 2**20  # of a whole number among a model's arguments
+CHOICES = ("image_column", "label_column", "dataset_config", "train_split", "test_split")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 
@@ -87,6 +88,9 @@ def validate(header: dict[str, Any]) -> None:
     dataset = header["dataset"]
     require(is_text(dataset.get("name"), 1), "dataset.name must be text")
     require(is_text(dataset.get("train_sha256"), 1), "dataset.train_sha256 must be text")
+    division = dataset.get("division_sha256")
+    require(division is None or is_hexadecimal(division, 64), "dataset.division_sha256 must be a SHA-256")
+    validate_reading(dataset.get("read"))
     require(is_text(header["weights"].get("source"), 1), "weights.source must be text")
     for name in ("dataset", "weights"):
         revision = header[name].get("revision")
@@ -101,6 +105,19 @@ def validate(header: dict[str, Any]) -> None:
         require(value is None or is_number(value), "metrics must be numbers")
     require(is_text(header["clock"].get("saved_at")), "clock.saved_at must be text")
     require(is_number(header["clock"].get("train_seconds"), 0), "clock.train_seconds must be a number")
+
+
+def validate_reading(read: Any) -> None:
+    """Check what a header says of how the dataset was read. UserError: says which field is wrong."""
+    require(isinstance(read, dict), "dataset.read must be an object")
+    for name in ("splits", "left_out"):
+        counts = read.get(name)
+        is_counts = isinstance(counts, dict) and all(is_int(count, 0) for count in counts.values())
+        require(is_counts, f"dataset.read.{name} must be counts")
+    choices = read.get("choices")
+    require(isinstance(choices, dict) and choices.keys() == set(CHOICES), f"choices must be {CHOICES}")
+    is_chosen = all(value is None or is_text(value, 1) for value in choices.values())
+    require(is_chosen, "dataset.read.choices must be texts or null")
 
 
 def validate_state(header: dict[str, Any], position_names: set[str]) -> None:
