@@ -48,14 +48,17 @@ def train_step(
     lr: float,
     num_images: int,
     step_settings: StepSettings,
+    begin_phase: Callable[[str], None] = lambda phase: None,
 ) -> torch.Tensor:
     """Make one update from this process's micro-batches of a global batch of `num_images` images.
 
     Losses are summed, then divided by the images of the global batch. So neither a short batch, nor
-    accumulation, nor the number of processes changes the weight of an image. Returns (2,) float64 on the
-    device: the sum of this process's losses and the number of images that it classified correctly. Gradients
-    stay until the next step.
+    accumulation, nor the number of processes changes the weight of an image. Returns (3,) float64 on the
+    device: the sum of this process's losses, the number of images that it classified correctly, and the norm
+    of the whole gradient before it is clipped. Gradients stay until the next step. begin_phase is called
+    with "data", "forward", "backward" or "optimizer" where that part of the step begins.
     """
+    begin_phase("data")
     # Dropout draws from torch's generator. It is seeded anew for each step, so no generator's state is ever
     # saved.
     torch.manual_seed(
@@ -67,6 +70,7 @@ def train_step(
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
 
     for number, batch in enumerate(micro_batches):
+        begin_phase("data")
         batch = batch.to(accelerator.device)
         if batch.features is not None:  # a frozen backbone's, computed before
             x, targets = batch.features, [(1.0, batch.labels)]
@@ -76,6 +80,7 @@ def train_step(
         # Only the last micro-batch lets the processes exchange gradients: the others are added up locally.
         is_last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            begin_phase("forward")
             logits = forward(model, x)  # (B, num_classes)
             losses = sum(
                 weight
@@ -85,6 +90,7 @@ def train_step(
                 for weight, labels in targets
             )  # (B,)
             loss_sum = (losses * batch.weights).sum()
+            begin_phase("backward")
             # DDP averages gradients over processes: multiply by their number, so that they add up.
             accelerator.backward(loss_sum * (accelerator.num_processes / num_images))
 
@@ -92,10 +98,22 @@ def train_step(
         correct = ((logits.argmax(dim=1) == main_labels) * batch.weights).sum()
         totals += torch.stack([loss_sum.detach(), correct])
 
+    begin_phase("optimizer")
     if step_settings.clip_grad:
-        accelerator.clip_grad_norm_(model.parameters(), step_settings.clip_grad)
+        norm = accelerator.clip_grad_norm_(model.parameters(), step_settings.clip_grad)
+    else:
+        norm = gradient_norm(accelerator, model)
     optimizer.step()
-    return totals
+    return torch.cat([totals, norm.double()[None]])
+
+
+def gradient_norm(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
+    """The norm of the whole gradient, on the device. In fp16 it is divided by the scale of the loss."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if accelerator.scaler is None:
+        return norm
+    return norm / accelerator.scaler.scale(torch.ones_like(norm))
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def run(
         for micro_batches in batches:
             n = min(batch_size, len(images) - batch_size * (step - epoch * -(-len(images) // batch_size)))
             kwargs = dict(epoch=epoch, step=step, lr=lr, num_images=n, step_settings=step_settings)
-            totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs))
+            totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs)[:2])
             step += 1
             if step == steps:
                 return torch.stack(totals)
@@ -363,7 +363,7 @@ def test_gradients_lie_in_memory_as_their_parameters(accelerator, images, accumu
 class Meta(SimpleNamespace):
     """An accelerator on the meta device, which computes only shapes: to read a value is an error there."""
 
-    device, process_index, num_processes = torch.device("meta"), 0, 1
+    device, process_index, num_processes, scaler = torch.device("meta"), 0, 1, None
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
 
     def backward(self, loss):

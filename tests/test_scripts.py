@@ -17,7 +17,7 @@ TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-
 --cutmix --dataset --deterministic --early-stop --ema --epochs --feature-views --force
 --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval
 --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads
---num-workers --optimizer --output-dir --patch-size --recipe --resume --run-name --sanity-check
+--num-workers --optimizer --output-dir --patch-size --recipe --report-to --resume --run-name --sanity-check
 --seed --store-limit --val-fraction --warmup-epochs --weight-decay --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
