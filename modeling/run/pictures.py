@@ -11,6 +11,7 @@ from modeling.data.resize import Preprocessing
 MOST_IMAGES = 64
 GAP = 2  # pixels between images
 GRID_SIDE = 900  # pixels, at most about that
+SMALLEST_SIDE = 64  # pixels: smaller images are enlarged
 MOST_NUMBERED = 30  # classes: with more the matrix has no numbers and no names
 CELL, MARGIN = 34, 116  # pixels
 LONGEST_NAME = 14  # letters
@@ -21,6 +22,8 @@ def image_grid(x: torch.Tensor, preprocessing: Preprocessing) -> np.ndarray:
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     pixels = x[:MOST_IMAGES].float().cpu() * std + mean
     pixels = (255 * pixels.clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()  # (B, S, S, 3)
+    zoom = max(1, SMALLEST_SIDE // pixels.shape[1])
+    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     count, side = len(pixels), pixels.shape[1]
     across = math.ceil(math.sqrt(count))
     across = max(1, min(across, GRID_SIDE // side))

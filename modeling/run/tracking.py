@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
 from modeling.errors import UserError
+from modeling.files import write_text
 
 REPORT_TO = ("tensorboard", "wandb", "trackio", "none")
 PROJECT = "image-classification"  # of wandb and trackio
@@ -48,9 +49,16 @@ class Tracker:
     ):
         self.enabled = enabled
         self.tracker: GeneralTracker | None = None
+        self.remote: RemoteRun | None = None
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            self.tracker = _start(report_to, folder, first_step, dict(config or {}))
+            if report_to == "tensorboard":
+                self.tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
+            elif report_to != "none":
+                self.remote = RemoteRun(folder, report_to)
+                self.tracker = self.remote.tracker(config or {})
+            if self.tracker:
+                self.tracker.start()
             self.lines = (folder / "metrics.jsonl").open("ab")
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
@@ -68,11 +76,13 @@ class Tracker:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Report numbers that metrics.jsonl does not get, for instance those that depend on the clock."""
-        if self.tracker and values:
+        if self.tracker and values and not self._is_known(step):
             self.tracker.log(dict(values), step=step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Report a picture (H, W, 3) uint8."""
+        if self._is_known(step):
+            return
         if isinstance(self.tracker, TensorBoardTracker):
             self.tracker.log_images({tag: pixels[None]}, step=step, dataformats="NHWC")
         elif isinstance(self.tracker, WandBTracker):
@@ -108,9 +118,11 @@ class Tracker:
         self.scalars(metrics, step)
         if isinstance(self.tracker, TensorBoardTracker):
             # SummaryWriter.add_hparams would make a run of its own for them, named after the clock.
-            texts = {name: value if _is_plain(value) else str(value) for name, value in settings.items()}
-            for summary in hparams(texts, metrics):
+            for summary in hparams(plain_values(settings), metrics):
                 self.tracker.tracker.file_writer.add_summary(summary, step)
+
+    def _is_known(self, step: int) -> bool:
+        return self.remote is not None and self.remote.is_known(step)
 
     def flush(self) -> int:
         """Have all that was recorded on disk; the bytes of metrics.jsonl."""
@@ -135,28 +147,45 @@ def tag_of(name: str) -> str:
     return f"{metric}/{split}" if split in ("train", "validation", "test") else name
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
+def plain_values(values: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    """The values as trackers take them: what is neither a number nor a text becomes a text."""
+    return {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in values.items()
+    }
 
 
-def _start(report_to: str, folder: Path, first_step: int, config: dict[str, Any]) -> GeneralTracker | None:
-    """Start accelerate's tracker of this name. A resumed run goes on in the run that it had begun there."""
-    if report_to == "none":
-        return None
-    if report_to == "tensorboard":
-        tracker = TensorBoardTracker(folder.name, logging_dir=folder.parent, purge_step=first_step)
-    else:
-        # The id stands in the run's folder. A new run has a new folder and so a new id.
-        id_file = folder / f"{report_to}_id.txt"
-        if not id_file.exists():
-            id_file.write_text(f"{folder.name}-{uuid.uuid4().hex[:8]}\n")
-        run_id = id_file.read_text().strip()
-        config = {name: value if _is_plain(value) else str(value) for name, value in config.items()}
-        if report_to == "wandb":
-            tracker = WandBTracker(
-                PROJECT, name=folder.name, id=run_id, resume="allow", dir=str(folder), config=config
-            )
+class RemoteRun:
+    """A run of wandb or trackio, which cannot forget a step as TensorBoard does.
+
+    Its id and the last step that it was told stand in a file in the run's folder. A resumed run goes on
+    under the same id and tells no step again. A new run has a new folder and so a new id.
+    """
+
+    def __init__(self, folder: Path, package: str):
+        self.folder, self.package = folder, package
+        self.path = folder / f"{package}.json"
+        if self.path.exists():
+            stored = json.loads(self.path.read_text())
         else:
-            tracker = TrackioTracker(PROJECT, name=run_id, resume="allow", config=config)
-    tracker.start()
-    return tracker
+            stored = {"id": f"{folder.name}-{uuid.uuid4().hex[:8]}", "last_step": -1}
+        self.id, self.last_step = stored["id"], stored["last_step"]
+        self.known_step = self.last_step
+
+    def tracker(self, config: Mapping[str, Any]) -> GeneralTracker:
+        """Accelerate's tracker of the run. It is not started yet."""
+        plain = plain_values(config)
+        if self.package == "trackio":
+            return TrackioTracker(PROJECT, name=self.id, resume="allow", config=plain)
+        return WandBTracker(
+            PROJECT, name=self.folder.name, id=self.id, resume="allow", dir=str(self.folder), config=plain
+        )
+
+    def is_known(self, step: int) -> bool:
+        """Whether the run was told this step before it was resumed. Notes the step, if not."""
+        if step <= self.known_step:
+            return True
+        if step > self.last_step:
+            self.last_step = step
+            write_text(self.path, json.dumps({"id": self.id, "last_step": step}) + "\n")
+        return False
