@@ -58,7 +58,7 @@ class Tracker:
                 self.remote = RemoteRun(folder, report_to)
                 self.tracker = self.remote.tracker(config or {})
             if self.tracker:
-                self.tracker.start()
+                _start(self.tracker)
             self.lines = (folder / "metrics.jsonl").open("ab")
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
@@ -153,6 +153,21 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, bool | int | float | st
         name: value if isinstance(value, bool | int | float | str) else str(value)
         for name, value in values.items()
     }
+
+
+def _start(tracker: GeneralTracker) -> None:
+    """Start a tracker. UserError: wandb cannot, for instance because nobody has logged in."""
+    if not isinstance(tracker, WandBTracker):
+        tracker.start()
+        return
+    import wandb
+
+    try:
+        tracker.start()
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"wandb does not start: {error} Log in, set WANDB_MODE=offline or use --report-to none"
+        ) from error
 
 
 class RemoteRun:
