@@ -58,7 +58,11 @@ _STYLE = {
     "step_ms_p95": ("p95 ms", 1),
     "images_per_second": ("images/s", 1),
     "peak_memory_mb": ("peak MB", 1),
-    "data_share": ("data share", 3),
+    "data_share": ("data", 3),
+    "forward_share": ("forward", 3),
+    "backward_share": ("backward", 3),
+    "optimizer_share": ("optim", 3),
+    "matrix_share": ("of matrix", 3),
 }
 
 

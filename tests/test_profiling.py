@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_refused, call
 
-from modeling import models, profiling, recipes
+from modeling import cost, models, profiling, recipes
 from modeling.data.images import decode
 from modeling.data.resize import Preprocessing
 from modeling.data.sources import load_source
@@ -24,18 +24,18 @@ def build(name, size):
 
 def test_flops_are_two_for_each_multiply_add():
     cnn_small = 2 * (32 * 27 * 32 * 32 + 64 * 32 * 9 * 16 * 16 + 4096 * 128 + 128 * 10)
-    assert profiling.forward_flops(build("cnn_small", 32), 32) == cnn_small
+    assert cost.forward_flops(build("cnn_small", 32), 32) == cnn_small
     n, d = 65, 128
     block = n * d * 3 * d + 2 * n * n * d + n * d * d + 2 * n * d * 4 * d
     vit = 2 * (64 * d * 48 + 6 * block + d * 10)
-    assert profiling.forward_flops(build("vit_scratch", 32), 32) == vit
+    assert cost.forward_flops(build("vit_scratch", 32), 32) == vit
     # timm's fused attention counts too: 1.26 GMACs is ViT-Tiny's published figure
-    assert profiling.forward_flops(build("vit", 224), 224) == pytest.approx(2 * 1.26e9, rel=0.03)
+    assert cost.forward_flops(build("vit", 224), 224) == pytest.approx(2 * 1.26e9, rel=0.03)
 
 
 def test_the_mode_is_left_as_it_was():
     model = build("cnn", 32).train()
-    profiling.forward_flops(model, 32)
+    cost.forward_flops(model, 32)
     assert model.training
 
 

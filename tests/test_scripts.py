@@ -23,8 +23,8 @@ FLAGS = {
     "train": TRAIN_FLAGS,
     "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads "
     "--num-workers --output-dir --split --store-limit",
-    "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps "
-    "--num-threads --num-workers --output-dir --recipe --store-limit",
+    "profile": "--batch-size --batch-sizes --dataset --help --image-size --mixed-precision --models "
+    "--num-steps --num-threads --num-workers --output-dir --precisions --recipe --store-limit",
     "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
 }
 
