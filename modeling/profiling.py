@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise the profiler logs each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # keep the profiler from logging each start and stop
 
 import torch
 from accelerate import Accelerator
@@ -63,7 +63,7 @@ def build_parser(description: str = "") -> cli.Parser:
     workload.add_argument(
         "--image-size",
         type=cli.POSITIVE_INT,
-        help="input height and width in pixels (default: the pretrained backbone's, else the images')",
+        help="input height and width in pixels (default: the pretrained backbone's, or the images' own)",
     )
     workload.add_argument(
         "--recipe",

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, and one of accelerate's trackers (TensorBoard, wandb, trackio)."""
+"""The logs of a run: metrics.jsonl, and one of accelerate's trackers (TensorBoard, wandb, trackio)."""
 
 import importlib.util
 import json
@@ -18,7 +18,8 @@ from modeling.files import write_text
 
 REPORT_TO = ("tensorboard", "wandb", "trackio", "none")
 PROJECT = "image-classification"  # of wandb and trackio
-# A histogram of a larger tensor takes every n-th value: 51 million values take seconds and look the same.
+# A histogram of a larger tensor uses every n-th value. All 51 million values of a layer would take seconds,
+# and the histogram would look the same.
 HISTOGRAM_SAMPLE = 100_000
 
 
@@ -29,12 +30,12 @@ def check_installed(report_to: str) -> None:
 
 
 class Tracker:
-    """Writes to a run's folder; on all but the main process it writes nothing.
+    """Writes a run's logs, on the main process only (`enabled`).
 
-    metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs
-    write equal files. A resumed run goes on after the first `log_bytes` of it, and TensorBoard forgets what
-    it has from `first_step` on. What depends on the clock goes to the tracker `report_to` only. config are
-    the settings that wandb and trackio show beside a run.
+    metrics.jsonl has one JSON object per line, flushed at once. It holds no times, so equal runs write equal
+    files: times go to the tracker `report_to` only. A resumed run keeps the first `log_bytes` bytes of the
+    file and appends to them. TensorBoard drops the records from `first_step` on. config holds the settings
+    that wandb and trackio show beside a run.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Tracker:
         return self.tracker is not None
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """Write a line of metrics.jsonl, and report a scalar a value: train_loss is loss/train."""
+        """Write a line of metrics.jsonl, and report the values as scalars. train_loss is called loss/train."""
         if not self.enabled:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
@@ -93,7 +94,7 @@ class Tracker:
             self.tracker.log({tag: trackio.Image(pixels)}, step=step)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """TensorBoard: weights of the parameters that train, and the gradients that the last step left."""
+        """Write histograms of the trainable weights, and of the last step's gradients, to TensorBoard."""
         if not isinstance(self.tracker, TensorBoardTracker):
             return
         for name, parameter in model.named_parameters():
@@ -102,9 +103,8 @@ class Tracker:
             for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if values is not None:
                     values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)].float().cpu()
-                    values = values[
-                        values.isfinite()
-                    ]  # in fp16 a step that overflowed is skipped, and leaves such gradients
+                    # In fp16 a step that overflows is skipped. Its gradients are not finite.
+                    values = values[values.isfinite()]
                     if len(values):
                         self.tracker.tracker.add_histogram(f"{kind}/{name}", values, step)
 
@@ -125,7 +125,7 @@ class Tracker:
         return self.remote is not None and self.remote.is_known(step)
 
     def flush(self) -> int:
-        """Have all that was recorded on disk; the bytes of metrics.jsonl."""
+        """Flush the logs to disk. Return the length of metrics.jsonl in bytes."""
         if not self.enabled:
             return 0
         if isinstance(self.tracker, TensorBoardTracker):
