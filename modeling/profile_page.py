@@ -46,7 +46,9 @@ def render(rows: Sequence[dict[str, Any]], conditions: str) -> str:
             numbers={name: number for number, name in enumerate(models)},
             has_precisions=len(precisions) > 1,
             phases=PHASES,
-            batch_heading=batch_heading(series),
+            precision_name=precision_name,
+            memory_heading=memory_heading(rows, models),
+            batch_heading=batch_heading(best, series),
             phase_heading=phase_heading(best),
             operator_heading=operator_heading(best),
             machine_heading=machine_heading(best),
@@ -62,7 +64,11 @@ def make_series(rows: Sequence[dict[str, Any]], models: list[str], precisions: l
     for number, model in enumerate(models):
         for place, precision in enumerate(precisions):
             own = [row for row in rows if (row["model"], row["precision"]) == (model, precision)]
-            name = f"{shorten(model, 14)} {precision}" if len(precisions) > 1 else shorten(model, 18)
+            name = (
+                f"{shorten(model, 14)} {precision_name(precision)}"
+                if len(precisions) > 1
+                else shorten(model, 18)
+            )
             series.append(Series(number, name, place > 0, sorted(own, key=lambda row: row["batch_size"])))
     return series
 
@@ -84,8 +90,21 @@ def times(ratio: float) -> str:
     return f"{ratio:.1f} times" if ratio < 9.95 else f"{ratio:,.0f} times"
 
 
+def precision_name(precision: str) -> str:
+    return "fp32" if precision == "no" else precision
+
+
 def at(row: dict[str, Any]) -> str:
-    return f"batch {row['batch_size']}, precision {row['precision']}"
+    return f"batch {row['batch_size']}, {precision_name(row['precision'])}"
+
+
+def memory_heading(rows: Sequence[dict[str, Any]], models: list[str]) -> str:
+    largest = [
+        max((row for row in rows if row["model"] == model), key=lambda row: row["peak_memory_mb"])
+        for model in models[:3]
+    ]
+    parts = [f"{shorten(row['model'])} {thousands(row['peak_memory_mb'])} MB ({at(row)})" for row in largest]
+    return f"A step needs at most: {', '.join(parts)}"
 
 
 def title(best: list[dict[str, Any]]) -> str:
@@ -130,18 +149,16 @@ def facts(best: list[dict[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def batch_heading(series: list[Series]) -> str:
-    gains = []
-    for one in series:
-        first, last = one.rows[0], one.rows[-1]
-        if first is not last:
-            ratio = last["images_per_second"] / first["images_per_second"]
-            gains.append(f"{one.name} trains {times(ratio)} as fast")
-    if not gains:
-        return "One batch size was measured; --batch-sizes 16 32 64 shows what a larger one gives"
+def batch_heading(best: list[dict[str, Any]], series: list[Series]) -> str:
     sizes = [row["batch_size"] for row in series[0].rows]
-    more = f" and {len(gains) - 3} more in the table" if len(gains) > 3 else ""
-    return f"Batch {sizes[-1]} instead of {sizes[0]}: " + ", ".join(gains[:3]) + more
+    if len(sizes) == 1:
+        return "One batch size was measured; --batch-sizes 16 32 64 shows what a larger one gives"
+    gains = []
+    for row in best[:3]:
+        (one,) = (one for one in series if row in one.rows)
+        ratio = one.rows[-1]["images_per_second"] / one.rows[0]["images_per_second"]
+        gains.append(f"{one.name} trains {times(ratio)} as fast")
+    return f"With batch {sizes[-1]} instead of {sizes[0]}: {', '.join(gains)}"
 
 
 def phase_heading(best: list[dict[str, Any]]) -> str:
@@ -153,8 +170,8 @@ def phase_heading(best: list[dict[str, Any]]) -> str:
 
 
 def operator_heading(best: list[dict[str, Any]]) -> str:
-    row = best[-1]
-    return f"{row['costliest_operators'][0]} of {shorten(row['model'])}: the costliest operator"
+    parts = [f"{row['costliest_operators'][0]} of {shorten(row['model'])}" for row in best[:3]]
+    return f"The costliest operator: {', '.join(parts)}"
 
 
 def machine_heading(best: list[dict[str, Any]]) -> str:
