@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # keep the profiler from logging each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keep the profiler from logging each start and stop
 
 import torch
 from accelerate import Accelerator

@@ -93,9 +93,12 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
 
 def assert_no_step_twice(folder: Path) -> None:
     (run,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+    for tag in events.Tags()["images"]:
+        steps = [event.step for event in events.Images(tag)]
         assert steps == sorted(set(steps)), tag
     for tag in events.Tags()["histograms"]:
         steps = [event.step for event in events.Histograms(tag)]
