@@ -69,7 +69,18 @@ def test_other_processes_write_nothing(tmp_path):
 
 
 def test_the_scalars_of_two_models_have_the_same_tags(trained, tmp_path):
-    other = call("train", *TINY, "--model", "vit_scratch", "--max-steps", 2, "--output-dir", tmp_path)
+    other = call(
+        "train",
+        *TINY,
+        "--model",
+        "vit_scratch",
+        "--patch-size",
+        16,
+        "--max-steps",
+        2,
+        "--output-dir",
+        tmp_path,
+    )
     assert other.status == 0, other.err
     folders = (trained.folder / "runs" / "cnn_small", tmp_path / "runs" / "vit_scratch")
     tags = [set(EventAccumulator(str(folder)).Reload().Tags()["scalars"]) for folder in folders]
