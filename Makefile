@@ -16,7 +16,7 @@ $(SETUP): requirements.txt requirements-dev.txt
 # Both models see the same images. The ViT cuts the 32 pixels into 4 x 4 patches and averages its weights.
 demo: $(SETUP)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model cnn --dataset digits --augment none \
-		--epochs 8 --best-metric loss --output-dir demo
+		--epochs 12 --best-metric loss --output-dir demo
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model vit_scratch --dataset digits \
 		--patch-size 8 --ema 0.98 --epochs 20 --best-metric loss --output-dir demo
 	$(BIN)/python evaluate.py --ckpt demo/checkpoints/cnn_best.safetensors demo/checkpoints/vit_scratch_best.safetensors \

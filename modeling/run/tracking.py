@@ -68,7 +68,7 @@ class Tracker:
         return self.tracker is not None
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """Write a line of metrics.jsonl, and report the values. The tag of train_loss is loss/train."""
+        """Write a line of metrics.jsonl, and report the values as scalars (train_loss as loss/train)."""
         if not self.enabled:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
