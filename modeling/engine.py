@@ -58,7 +58,6 @@ def train_step(
     The gradients stay until the next step, for the logs. begin_phase is called with "data", "forward",
     "backward" or "optimizer" where that part of the step begins.
     """
-    begin_phase("data")
     # Dropout draws from torch's generator. Each step seeds it anew, so its state never has to be saved.
     torch.manual_seed(
         randomness.seed(step_settings.seed, randomness.DROPOUT, step, accelerator.process_index)

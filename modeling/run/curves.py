@@ -31,26 +31,14 @@ def draw_curves(path: Path, log: Path, *, title: str, best_epoch: int) -> None:
             values = [record[f"{split}_{metric}"] for record in epochs]
             axes.plot(numbers, values, color=COLOURS[split], marker="o", markersize=3, label=split)
         axes.axvline(best_epoch, color=COLOURS["validation"], linestyle=":", linewidth=1)
-        best = next(record for record in epochs if record["epoch"] == best_epoch)[f"validation_{metric}"]
-        axes.plot(
-            best_epoch,
-            best,
-            color=COLOURS["validation"],
-            marker="*",
-            markersize=14,
-            linestyle="none",
-            label=f"best epoch {best_epoch}: {best:.4f}",
-        )
-        if tests:
-            score = tests[-1][f"test_{metric}"]
-            axes.plot(
-                best_epoch,
-                score,
-                color=COLOURS["test"],
-                marker="D",
-                linestyle="none",
-                label=f"its test {metric}: {score:.4f}",
-            )
+        stars = [record[f"validation_{metric}"] for record in epochs if record["epoch"] == best_epoch]
+        for value in stars:  # one, or none where somebody removed a part of the log
+            label = f"best epoch {best_epoch}: {value:.4f}"
+            axes.plot(best_epoch, value, "*", color=COLOURS["validation"], markersize=14, label=label)
+        for record in tests[-1:]:
+            value = record[f"test_{metric}"]
+            label = f"its test {metric}: {value:.4f}"
+            axes.plot(best_epoch, value, "D", color=COLOURS["test"], label=label)
         axes.set_xlabel("epoch")
         axes.set_ylabel(metric)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
