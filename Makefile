@@ -13,10 +13,14 @@ $(SETUP): requirements.txt requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	@touch $@
 
+# Both models see the same images. The ViT cuts the 32 pixels into 4 x 4 patches and averages its weights.
 demo: $(SETUP)
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model cnn --dataset digits \
-		--recipe reference --augment none --epochs 12 --best-metric loss --run-name demo --output-dir demo
-	$(BIN)/python evaluate.py --ckpt demo/checkpoints/demo_best.safetensors --output-dir demo
+		--recipe reference --augment none --epochs 12 --best-metric loss --output-dir demo
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train.py --model vit_scratch --dataset digits \
+		--recipe reference --patch-size 8 --ema 0.98 --epochs 20 --best-metric loss --output-dir demo
+	$(BIN)/python evaluate.py --ckpt demo/checkpoints/cnn_best.safetensors demo/checkpoints/vit_scratch_best.safetensors \
+		--output-dir demo
 
 test: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

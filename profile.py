@@ -1,12 +1,13 @@
 """Profile the real training step of models, with random weights, and compare them.
 
-    python profile.py --models cnn vit
+    python profile.py --models cnn vit --batch-sizes 16 64
     accelerate launch --config_file accelerate_configs/cpu.yaml profile.py \\
         --models cnn_small vit_scratch --dataset cifar10
     accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml profile.py \\
         --models resnet18 deit --batch-size 64
 
-Each model gets a Chrome trace and a table of operators. The comparison is profile_comparison.txt and .csv.
+Each model gets a Chrome trace and a table of operators. The comparison is profile_comparison.html, .txt and
+.csv.
 All files go to traces/ under --output-dir.
 """
 

@@ -5,7 +5,8 @@
     accelerate launch --config_file accelerate_configs/multi_gpu_bf16.yaml train.py --model vit   # many GPUs
 
 Under --output-dir it writes checkpoints/{run}_best.safetensors and {run}_final.safetensors, the folder
-checkpoints/{run}_state/ to --resume from, and runs/{run}/ with TensorBoard's events and metrics.jsonl.
+checkpoints/{run}_state/ to --resume from, and runs/{run}/ with metrics.jsonl, TensorBoard's events and
+curves.png.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from modeling import cli, models, randomness
+from modeling import cli, metrics, models, randomness
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
 from modeling.data.stratified import stratified
-from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
-from modeling.progression import EVAL_BATCH_SIZE, Progression
-from modeling.run import checkpoint, lock, preemption, state
+from modeling.engine import NOT_FINITE_HELP, evaluate_model, predict, train_step
+from modeling.progression import EVAL_BATCH_SIZE, Progression, report
+from modeling.run import checkpoint, lock, preemption, state, tracking
 from modeling.run.files import RunFiles
 from modeling.run.launch import make_accelerator
 from modeling.sanity import sanity_check
@@ -55,6 +56,12 @@ def build_parser() -> cli.Parser:
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     add("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
+    add(
+        "--report-to",
+        choices=tracking.REPORT_TO,
+        default="tensorboard",
+        help="tracker (default: tensorboard)",
+    )
     add("--seed", type=cli.SEED, default=42, help="seed of every random number (default: 42)")
 
     add = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)").add_argument
@@ -145,7 +152,8 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
         features=now.probe_features.of_epoch(epoch, signals.check) if now.probe_features else None,
     )
     num_steps_left = settings.max_steps - current.step if settings.max_steps else None
-    for micro_batches in itertools.islice(steps, num_steps_left):
+    now.pace.begin()
+    for micro_batches in now.pace.watch(itertools.islice(steps, num_steps_left)):
         num_images = min(settings.batch_size, run.num_train_images - current.num_seen)
         step_totals = train_step(
             run.accelerator,
@@ -158,16 +166,18 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
             num_images=num_images,
             step_settings=run.step_settings,
         )
-        now.totals += step_totals
+        now.totals += step_totals[:2]
         run.guard.watch(current.step, step_totals[0])
         if run.ema:
             run.ema.update(run.raw_model)
         current.step += 1
         current.num_seen += num_images
+        now.pace.add(num_images, step_totals[2])
         now.progress.update(num_images)
-        signals.check()  # all ranks, every step
         if current.step % CHECK_EVERY == 0:  # all ranks
             run.guard.check()
+            now.report_pace()
+        signals.check()  # all ranks, every step
         # All ranks enter; the main one writes.
         if settings.checkpoint_every and current.step % settings.checkpoint_every == 0:
             now.save()
@@ -177,6 +187,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
     """Validate, write checkpoints and record the epoch. All ranks call this; the main one writes."""
     settings, current = run.settings, now.state
     run.guard.check()
+    now.report_pace()
     loss_sum, num_correct = run.accelerator.gather(now.totals[None]).sum(dim=0).tolist()
     record = {
         "train_loss": loss_sum / current.num_seen,
@@ -186,7 +197,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
 
     # With --ema, validate and save the averaged weights.
     with run.ema.swapped_in(run.raw_model) if run.ema else contextlib.nullcontext():
-        scores = evaluate_model(
+        predictions = predict(
             run.raw_model,
             run.images["validation"],
             run.step_settings.preprocessing,
@@ -195,6 +206,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
             progress=signals.check,
             features=now.features_of("validation"),
         )
+        scores = metrics.compute(predictions)
         if not math.isfinite(scores["loss"]):
             raise FloatingPointError(
                 f"the validation loss was not finite after step {current.step}: {NOT_FINITE_HELP}"
@@ -210,6 +222,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
 
     record |= {f"validation_{name}": value for name, value in scores.items()}
     now.tracker.histograms(run.raw_model, current.step)
+    now.report_confusions(predictions, run.images["validation"].classes)
     now.tracker.record("epoch", step=current.step, epoch=epoch + 1, **record)
     now.progress.say(epoch_text(settings, current, epoch, record, is_best))
     if is_last:
@@ -268,6 +281,7 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
     """Check the flags, lock the run's files, and train. The result is described in train_model."""
     models.check_model_name(args.model)
+    tracking.check_installed(args.report_to)
     run_name = models.file_name(args.model) if args.run_name is None else args.run_name
     files = RunFiles(args.output_dir, run_name)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
@@ -301,36 +315,7 @@ def train(
 
         # ---- Final test: evaluate the best epoch once. No choice was made on these images.
         test_best_epoch(run, now, signals)
-    now.tracker.close()
     return report(run, now)
-
-
-def report(run: Run, now: Progression) -> dict[str, Any]:
-    """Print how the run ended, and return it."""
-    current = now.state
-    print(
-        f"Trained {current.step:,} steps in {time.monotonic() - now.started:.0f} s. "
-        f"Best epoch {current.best_epoch}: validation {run.settings.best_metric} {current.best:.4f}",
-        flush=True,
-    )
-    if current.test:
-        print(
-            f"test accuracy {current.test['accuracy']:.4f}, macro F1 {current.test['macro_f1']:.4f} "
-            f"({len(run.images['test']):,} images)"
-        )
-    logs = run.files.logs.parent
-    print(f"Checkpoints {run.files.best} and {run.files.final}; curves: tensorboard --logdir {logs}")
-    result: dict[str, Any] = {
-        "run": run.files.run,
-        "best_epoch": current.best_epoch,
-        "steps": current.step,
-        "validation": current.best_scores,
-        "best_checkpoint": str(run.files.best),
-        "final_checkpoint": str(run.files.final),
-    }
-    if current.test:
-        result["test"] = current.test
-    return result
 
 
 def train_model(**options: Any) -> dict[str, Any]:

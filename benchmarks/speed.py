@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from modeling import models, profiling, recipes  # noqa: E402
+from modeling import cost, models, recipes  # noqa: E402
 
 CONTENDERS = ROOT / "benchmarks" / "contenders.py"
 # work: images, first steps that the rate leaves out, peers
@@ -89,7 +89,7 @@ def training_flops(work: str) -> float:
     size = WORKS[work]["size"]
     recipe = recipes.get_recipe(work, size, "reference")
     model_args = models.model_arguments(work, recipe, image_size=size, patch_size=None, head_dropout=None)
-    return 3 * profiling.forward_flops(
+    return 3 * cost.forward_flops(
         models.build_model(work, num_classes=10, image_size=size, **model_args), size
     )
 

@@ -21,12 +21,12 @@ models/           build_model; timm backbones and the linear probe; weights (whe
                   tensors (reading and fitting them), positions, layout; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
 run/              files (every file name of a run), lock (one owner), checkpoint, header (what a checkpoint
-                  says of itself, checked), state (to resume from),
-                  preemption (Ctrl-C and signals), tracking (TensorBoard and metrics.jsonl), launch
-                  (processes, threads, precision)
+                  says of itself, checked), state (to resume from), preemption (Ctrl-C and signals),
+                  tracking (TensorBoard and metrics.jsonl), pace (speed, gradient norm), pictures,
+                  curves, launch (processes, threads, precision)
 metrics           accuracy, F1 and others, as local `evaluate` modules
 evaluation        what evaluate.py runs
-profiling         what profile.py runs
+profiling         what profile.py runs. Its parts: step_profile (one row), trace, profile_page
 report            tables, text and plots
 compare           ranks models and compares pairs. Its parts: answers (predictions), scores, suspects
                   (labels), fairness, cost, stats/ (estimators)

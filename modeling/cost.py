@@ -1,5 +1,6 @@
 """The cost of a model: time and GFLOPs of the forward pass, parameters, file size, training time."""
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ BATCH_SIZES = (64, 1)
 NUM_ROUNDS = 5
 WARMUP_BATCHES = 3
 ROUND_SECONDS = 0.3
+MATRIX_SIDE = (1536, 8192)  # on a CPU, on a GPU
+MATRIX_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,42 @@ def forward_flops(model: nn.Module, image_size: int) -> int:
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
     return counter.get_total_flops()
+
+
+def step_flops(model: nn.Module, image_size: int) -> int:
+    """Floating-point operations of an image in training: forward and backward, two for each multiply-add."""
+    device = next(model.parameters()).device
+    buffers = [buffer.clone() for buffer in model.buffers()]  # batch normalisation counts this batch too
+    was_training = model.training
+    model.train()
+    x = torch.zeros(2, 3, image_size, image_size, device=device)  # batch normalisation needs two images
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x).float().sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second of large square matrix products: the best of a few rounds.
+
+    precision is accelerate's: "no", "bf16" or "fp16".
+    """
+    side = MATRIX_SIDE[device.type == "cuda"]
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
+    fastest = math.inf
+    began = time.perf_counter()
+    while fastest == math.inf or time.perf_counter() - began < MATRIX_SECONDS:
+        _wait(device)
+        started = time.perf_counter()
+        a @ b
+        _wait(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * side**3 / fastest
 
 
 @torch.no_grad()

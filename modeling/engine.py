@@ -48,12 +48,15 @@ def train_step(
     lr: float,
     num_images: int,
     step_settings: StepSettings,
+    begin_phase: Callable[[str], None] = lambda phase: None,
 ) -> torch.Tensor:
     """Make one update from this process's micro-batches of a global batch of `num_images` images.
 
     Losses are summed, then divided by `num_images`. So every image has the same weight, also in a short
-    batch, with accumulation, and on several processes. Returns (2,) float64 on the device: the sum of this
-    process's losses and its number of correct images. The gradients stay until the next step, for the logs.
+    batch, with accumulation, and on several processes. Returns (3,) float64 on the device: the sum of this
+    process's losses, its number of correct images, and the norm of the whole gradient before it is clipped.
+    The gradients stay until the next step, for the logs. begin_phase is called with "data", "forward",
+    "backward" or "optimizer" where that part of the step begins.
     """
     # Dropout draws from torch's generator. Each step seeds it anew, so its state never has to be saved.
     torch.manual_seed(
@@ -65,6 +68,7 @@ def train_step(
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
 
     for number, batch in enumerate(micro_batches):
+        begin_phase("data")
         batch = batch.to(accelerator.device)
         if batch.features is not None:  # a linear probe: its frozen backbone ran before
             x, targets = batch.features, [(1.0, batch.labels)]
@@ -74,6 +78,7 @@ def train_step(
         # Micro-batches add their gradients up locally. After the last one the processes exchange the sums.
         is_last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            begin_phase("forward")
             logits = forward(model, x)  # (B, num_classes)
             # (B,); with mixup or CutMix each image has two labels with weights
             losses = sum(
@@ -84,6 +89,7 @@ def train_step(
                 for weight, labels in targets
             )
             loss_sum = (losses * batch.weights).sum()
+            begin_phase("backward")
             # DDP averages the gradients of the processes. Their number turns the mean into a sum.
             accelerator.backward(loss_sum * (accelerator.num_processes / num_images))
 
@@ -91,10 +97,22 @@ def train_step(
         correct = ((logits.argmax(dim=1) == main_labels) * batch.weights).sum()
         totals += torch.stack([loss_sum.detach(), correct])
 
+    begin_phase("optimizer")
     if step_settings.clip_grad:
-        accelerator.clip_grad_norm_(model.parameters(), step_settings.clip_grad)
+        norm = accelerator.clip_grad_norm_(model.parameters(), step_settings.clip_grad)
+    else:
+        norm = gradient_norm(accelerator, model)
     optimizer.step()
-    return totals
+    return torch.cat([totals, norm.double()[None]])
+
+
+def gradient_norm(accelerator: Accelerator, model: nn.Module) -> torch.Tensor:
+    """The norm of the whole gradient, on the device. In fp16 it is divided by the scale of the loss."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if accelerator.scaler is None:
+        return norm
+    return norm / accelerator.scaler.scale(torch.ones_like(norm))
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -80,7 +80,7 @@ def render(analysis: Analysis, picture_of_row: PictureOfRow, footer: str) -> str
 
     picture_of_row returns the picture of an image, given its row in the split.
     """
-    template = _environment().get_template("page.html.j2")
+    template = environment().get_template("page.html.j2")
     values = _values(analysis) | {"footer": footer}
     encoded: dict[int, str] = {}
 
@@ -99,7 +99,7 @@ def render(analysis: Analysis, picture_of_row: PictureOfRow, footer: str) -> str
     return html
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,

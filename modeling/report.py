@@ -66,7 +66,11 @@ _STYLE = {
     "step_ms_p95": ("p95 ms", 1),
     "images_per_second": ("images/s", 1),
     "peak_memory_mb": ("peak MB", 1),
-    "data_share": ("data share", 3),
+    "data_share": ("data", 2),
+    "forward_share": ("fwd", 2),
+    "backward_share": ("bwd", 2),
+    "optimizer_share": ("optim", 2),
+    "matrix_share": ("matrix", 2),
 }
 
 

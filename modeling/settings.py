@@ -62,6 +62,7 @@ class Settings:
     checkpoint_every: int
     resume: bool
     force: bool
+    report_to: str
 
     mixed_precision: str
     num_threads: int
@@ -96,6 +97,7 @@ MAY_DIFFER = {
     "num_threads": MayDiffer(on_resume=True, between_processes=True, recorded=True),
     "run_name": MayDiffer(on_resume=True, between_processes=False, recorded=True),
     "checkpoint_every": MayDiffer(on_resume=True, between_processes=False, recorded=False),
+    "report_to": MayDiffer(on_resume=True, between_processes=False, recorded=False),
     "resume": MayDiffer(on_resume=True, between_processes=False, recorded=False),
     "force": MayDiffer(on_resume=True, between_processes=False, recorded=False),
 }
@@ -175,6 +177,7 @@ def resolve(
         checkpoint_every=flags["checkpoint_every"] or 0,
         resume=flags["resume"],
         force=flags["force"],
+        report_to=flags["report_to"],
         mixed_precision=mixed_precision,
         num_threads=num_threads,
         num_workers=flags["num_workers"],

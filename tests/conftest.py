@@ -22,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # torch reads the number of threads when it is imported, so our modules come after the lines above.
 from modeling import cli, cost, evaluation, profiling
 
+cost.MATRIX_SECONDS, cost.MATRIX_SIDE = 0.01, (128, 128)  # profile.py measures it beside each model
 cost.ROUND_SECONDS = 0.01  # evaluate.py times each model; no test looks at the times
 
 ROOT = Path(__file__).resolve().parent.parent

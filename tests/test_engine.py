@@ -76,7 +76,7 @@ def run(
         for micro_batches in batches:
             n = min(batch_size, len(images) - batch_size * (step - epoch * -(-len(images) // batch_size)))
             kwargs = dict(epoch=epoch, step=step, lr=lr, num_images=n, step_settings=step_settings)
-            totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs))
+            totals.append(train_step(accelerator, prepared, optim, micro_batches, **kwargs)[:2])
             step += 1
             if step == steps:
                 return torch.stack(totals)
@@ -360,10 +360,35 @@ def test_gradients_lie_in_memory_as_their_parameters(accelerator, images, accumu
     assert all(p.grad.stride() == p.stride() for p in model.parameters())
 
 
+@pytest.mark.parametrize("clip_grad", [0.0, 0.1])
+def test_the_step_gives_the_norm_of_the_gradient_before_it_is_clipped(accelerator, images, scaled, clip_grad):
+    def norm(used) -> float:
+        model = small_cnn()
+        prepared, optimizer = used.prepare(model, build_optimizer("sgd", model, lr=0.1, weight_decay=0.0))
+        totals = train_step(
+            used,
+            prepared,
+            optimizer,
+            next(training_steps(images, seed=1, epoch=0, batch_size=8)),
+            epoch=0,
+            step=0,
+            lr=0.1,
+            num_images=8,
+            step_settings=StepSettings(PREP, clip_grad=clip_grad),
+        )
+        if not clip_grad and used is accelerator:
+            gradients = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+            assert totals[2].item() == pytest.approx(gradients.norm().item(), rel=1e-5)
+        return totals[2].item()
+
+    assert norm(accelerator) > 0.2  # so that clipping had an effect
+    assert norm(scaled(2.0**10)) == pytest.approx(norm(accelerator), rel=1e-2)  # the loss is scaled, not this
+
+
 class Meta(SimpleNamespace):
     """An accelerator on the meta device, which computes only shapes: to read a value is an error there."""
 
-    device, process_index, num_processes = torch.device("meta"), 0, 1
+    device, process_index, num_processes, scaler = torch.device("meta"), 0, 1, None
     clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
 
     def backward(self, loss):

@@ -94,9 +94,12 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
 
 def assert_no_step_twice(folder: Path) -> None:
     (run,) = (folder / "runs").iterdir()
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+    for tag in events.Tags()["images"]:
+        steps = [event.step for event in events.Images(tag)]
         assert steps == sorted(set(steps)), tag
     for tag in events.Tags()["histograms"]:
         steps = [event.step for event in events.Histograms(tag)]
@@ -157,8 +160,8 @@ def test_stopped_in_the_loop_and_resumed_it_ends_the_same(references, name, tmp_
 
 
 MOMENTS = {
-    "in validation": (scripts.train, "evaluate_model", 2, False),
-    "in the test": (scripts.train, "evaluate_model", 4, False),
+    "in validation": (scripts.train, "predict", 2, False),
+    "in the test": (scripts.train, "evaluate_model", 1, False),
     "before the best checkpoint": (checkpoint, "save_checkpoint", 2, False),
     "after the best checkpoint": (checkpoint, "save_checkpoint", 2, True),
     "after the record": (tracking.Tracker, "record", 2, True),
@@ -418,8 +421,8 @@ def test_a_signal_saves_one_state_and_resume_ends_the_same(references, number, s
 
 
 def test_a_signal_in_validation_and_one_in_the_test(references, tmp_path, monkeypatch):
-    def signalled(number):
-        real, calls = engine.evaluate_model, []
+    def signalled(name, number):
+        real, calls = getattr(engine, name), []
 
         def evaluate(*args, **kwargs):
             calls.append(0)
@@ -430,9 +433,9 @@ def test_a_signal_in_validation_and_one_in_the_test(references, tmp_path, monkey
         return evaluate
 
     flags = (*RUNS["dropout, EMA, clipping"], "--output-dir", tmp_path)
-    for number, extra in ((2, ()), (3, ("--resume",))):
+    for name, number, extra in (("predict", 2, ()), ("evaluate_model", 1, ("--resume",))):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(scripts.train, "evaluate_model", signalled(number))
+            patch.setattr(scripts.train, name, signalled(name, number))
             call("train", *flags, *extra)
         assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -17,14 +17,14 @@ TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-
 --cutmix --dataset --deterministic --early-stop --ema --epochs --feature-views --force
 --gradient-accumulation-steps --head-dropout --help --image-size --label-smoothing --limit-eval
 --limit-train --lr --max-steps --mixed-precision --mixup --model --num-batches --num-threads
---num-workers --optimizer --output-dir --patch-size --recipe --resume --run-name --sanity-check
+--num-workers --optimizer --output-dir --patch-size --recipe --report-to --resume --run-name --sanity-check
 --seed --store-limit --val-fraction --warmup-epochs --weight-decay --weights"""
 FLAGS = {
     "train": TRAIN_FLAGS,
     "evaluate": "--batch-size --ckpt --dataset --help --limit-eval --mixed-precision --num-threads "
     "--num-workers --output-dir --split --store-limit",
-    "profile": "--batch-size --dataset --help --image-size --mixed-precision --models --num-steps "
-    "--num-threads --num-workers --output-dir --recipe --store-limit",
+    "profile": "--batch-size --batch-sizes --dataset --help --image-size --mixed-precision --models "
+    "--num-steps --num-threads --num-workers --output-dir --precisions --recipe --store-limit",
     "export_data": "--dataset --help --num-workers --output-dir --seed --val-fraction --verify",
     "sweep": " ".join(sorted([*TRAIN_FLAGS.split(), "--models", "--seeds"])),
 }

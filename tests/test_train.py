@@ -53,9 +53,14 @@ def test_a_run_writes_what_the_readme_says(trained):
         "checkpoints/cnn_small_best.safetensors",
         "checkpoints/cnn_small_final.safetensors",
         "runs/cnn_small/metrics.jsonl",
+        "runs/cnn_small/curves.png",
     }
     assert len(events) == 1
-    tags = EventAccumulator(str(trained.folder / "runs" / "cnn_small")).Reload().Tags()
+    log = EventAccumulator(str(trained.folder / "runs" / "cnn_small"), size_guidance={"images": 0}).Reload()
+    tags = log.Tags()
+    assert [event.step for event in log.Images("training_images")] == [0]
+    assert [event.step for event in log.Images("confusion_matrix/validation")] == [3, 6, 9]
+    assert "_hparams_/session_start_info" in log.summary_metadata
     for tag in (
         "loss/train",
         "loss/validation",
@@ -63,6 +68,11 @@ def test_a_run_writes_what_the_readme_says(trained):
         "accuracy/validation",
         "learning_rate",
         "accuracy/test",
+        "gradient_norm/mean",
+        "gradient_norm/largest",
+        "speed/images_per_second",
+        "speed/data_wait_share",
+        "final/test_accuracy",
     ):
         assert tag in tags["scalars"]
     for tag in ("weights/features.0.weight", "gradients/features.0.weight", "gradients/classifier.4.bias"):
@@ -72,6 +82,7 @@ def test_a_run_writes_what_the_readme_says(trained):
         "545,098 parameters",
         "test accuracy",
         "tensorboard --logdir",
+        f"Next: python evaluate.py --ckpt {trained.best} --output-dir {trained.folder}",
     ):
         assert text in trained.out
 
