@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from modeling import cli, models, profile_page, recipes, report
 from modeling.data.division import select_rows
 from modeling.data.images import Images, decode, native_size
-from modeling.data.sources import load_source
+from modeling.data.sources import Choices, load_source
 from modeling.engine import StepSettings
 from modeling.files import write_text
 from modeling.models import file_name
@@ -78,6 +78,7 @@ def build_parser(description: str = "") -> cli.Parser:
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )
+    cli.add_data_choices(parser)
     cli.add_hardware_group(parser)
     return parser
 
@@ -132,7 +133,8 @@ def trace_name(model: str, batch_size: int, precision: str, *, is_single: bool) 
 
 def load_images(args: argparse.Namespace) -> Images:
     """Decode as many training images as the largest batch needs, and at least 1,024 where there are."""
-    source = load_source(args.dataset)
+    source = load_source(args.dataset, Choices.of(vars(args)))
+    print(source.describe(), flush=True)
     source_split, rows = select_rows(
         source, "train", val_fraction=0.1, seed=42, limit_train=max(1024, *args.batch_sizes)
     )
@@ -143,6 +145,7 @@ def load_images(args: argparse.Namespace) -> Images:
         image_size=max(args.image_size or models.default_image_size(name) or 0 for name in args.models),
         num_workers=args.num_workers,
         store_limit=1e9 * args.store_limit,
+        skip_bad_images=args.skip_bad_images,
     )
 
 
