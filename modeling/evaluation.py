@@ -15,7 +15,7 @@ from modeling.engine import predict
 from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
-from modeling.run import checkpoint
+from modeling.run import checkpoint, lock
 from modeling.run.launch import make_accelerator
 
 load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
@@ -231,8 +231,10 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
         candidates.append(candidate)
         evaluated.append(one)
         if accelerator.is_main_process:
-            report.write_evaluation(traces, one)
-            report.update_metrics_csv(traces / "metrics.csv", [one.row])
+            # Another evaluation may write into this folder, too. Each reads metrics.csv and writes it anew.
+            with lock.hold_folder(traces, "evaluate", waits=True):
+                report.write_evaluation(traces, one)
+                report.update_metrics_csv(traces / "metrics.csv", [one.row])
         print(
             f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, "
             f"{one.row['num_samples']:,} images: "
@@ -240,9 +242,10 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
             flush=True,
         )
     if accelerator.is_main_process:
-        lines = "\n".join(write_comparison(traces, candidates, accelerator))
-        tables = report.compare_evaluations(evaluated)
-        write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")
+        with lock.hold_folder(traces, "evaluate", waits=True):
+            lines = "\n".join(write_comparison(traces, candidates, accelerator))
+            tables = report.compare_evaluations(evaluated)
+            write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")
         print(lines)
     print(
         "metrics.csv, reports, confusion matrices, predictions, pairs.csv, class_metrics.csv, "

@@ -1,12 +1,17 @@
 """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
 
+import hashlib
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling import features, models
+from modeling.errors import UserError
 from modeling.progress import Progress
-from modeling.run import lock, state, tracking
+from modeling.run import checkpoint, lock, resume, state, tracking
 from modeling.settings import MAY_DIFFER
 from modeling.setup import Run
 
@@ -21,8 +26,7 @@ class Progression:
         arguments = {
             name: value for name, value in settings.recorded().items() if not may_differ_on_resume(name)
         }
-        arguments["training images"] = run.header["dataset"]["train_sha256"][:8]
-        arguments["model"] = run.header["model"]
+        arguments |= identity(run)
         self.run = run
         self.lock = run_lock
         self.states = state.States(
@@ -32,19 +36,18 @@ class Progression:
             optimizer=run.optimizer,
             ema=run.ema,
             arguments=arguments,
+            versions=run.header["versions"],
         )
-        self.state, self.totals = state.restore_or_begin(
+        self.state, self.totals = resume.restore_or_begin(
             self.states, run.files, resume=settings.resume, force=settings.force
         )
         is_recorded = self.state.finished or self.state.num_seen == 0  # the log has its last step's records
-        state.apply_forced_arguments(
+        resume.apply_forced_arguments(
             self.state,
             self.totals,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            batch_size=settings.batch_size,
+            differing=self.states.differing,
+            settings=settings,
             num_train_images=run.num_train_images,
-            arguments_differ=self.states.arguments_differ,
         )
         self.probe_features = open_features(run)  # of the backbone that was just restored
         self.tracker = tracking.Tracker(
@@ -69,9 +72,35 @@ class Progression:
         self.state.seconds = time.monotonic() - self.started
         self.states.save(self.state, self.totals)
 
+    def load_best(self) -> torch.nn.Module:
+        """The model of the best epoch. UserError: its checkpoint is not the one that this run wrote."""
+        path = self.run.files.best
+        model, header = checkpoint.load_model(path)
+        if not self.state.is_best(header):
+            raise UserError(f"{path} was replaced meanwhile: it is not this run's best checkpoint")
+        return model
+
     def features_of(self, split: str) -> torch.Tensor | None:
         """The kept features (N, D) of a split for evaluation; None for a model that is not a probe."""
         return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What must be equal on resuming besides the settings: images, weights and model, not their paths."""
+    weights = run.weights.path
+    return {
+        "classes": hashlib.sha256(json.dumps(run.header["classes"]).encode()).hexdigest()[:8],
+        **{f"{split} images": images.fingerprint()[:8] for split, images in run.images.items()},
+        "model": run.header["model"],
+        "preprocessing": run.header["preprocessing"],
+        "weights file": file_digest(weights)[:8] if weights else "none",
+    }
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def may_differ_on_resume(flag: str) -> bool:

@@ -85,12 +85,15 @@ class MayDiffer:
     recorded: bool  # it stands in the checkpoint's header all the same
 
 
-# The flags that change nothing in what is computed. All others must be the same everywhere.
+# The flags that change nothing in what is computed. All others must be the same everywhere. dataset and
+# weights name places, from which a resumed run must read the same images and weights (progression.identity).
 MAY_DIFFER = {
     "output_dir": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "num_workers": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "store_limit": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "num_threads": MayDiffer(on_resume=True, between_processes=True, recorded=True),
+    "dataset": MayDiffer(on_resume=True, between_processes=False, recorded=True),
+    "weights": MayDiffer(on_resume=True, between_processes=False, recorded=True),
     "run_name": MayDiffer(on_resume=True, between_processes=False, recorded=True),
     "checkpoint_every": MayDiffer(on_resume=True, between_processes=False, recorded=False),
     "resume": MayDiffer(on_resume=True, between_processes=False, recorded=False),

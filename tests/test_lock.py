@@ -78,11 +78,11 @@ def test_the_lock_of_a_process_that_has_ended_is_broken_at_once(changes, tmp_pat
 def test_a_killed_process_that_its_parent_has_not_reaped_has_ended(tmp_path):
     path = tmp_path / ".x.lock"
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    written(path, pid=process.pid, ticks=lock._start_ticks(process.pid))
+    written(path, pid=process.pid, ticks=lock.start_ticks(process.pid))
     with pytest.raises(UserError, match=f"process {process.pid} "):
         make_lock(path).acquire()
     process.kill()
-    while lock._start_ticks(process.pid):
+    while lock.start_ticks(process.pid):
         time.sleep(0.01)
     with make_lock(path):
         pass

@@ -18,7 +18,7 @@ from conftest import DATA, ROOT, assert_refused, call, newest_step, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling import engine, files
-from modeling.run import checkpoint, state, tracking
+from modeling.run import checkpoint, resume, state, tracking
 from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
@@ -258,7 +258,7 @@ def test_a_restart_does_not_take_up_an_older_run(references, tmp_path, monkeypat
     """A job that torch elastic restarts before its first state finds the states of the run before."""
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(state, "_launcher", lambda: "another")
+    monkeypatch.setattr(resume, "launcher", lambda _: "another")
     result = call("train", *RUNS["plain"], "--lr", 0.01, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     assert "The files of an older run 'cnn_small' are now in" in result.out

@@ -79,8 +79,8 @@ def _refuse_copies() -> None:
             starter = "srun" if name.startswith("SLURM") else "mpirun"
             single = "srun --ntasks 1" if starter == "srun" else "mpirun -n 1"
             raise UserError(
-                f"{name} is {count}: {starter} starts {count} copies of this command, and each would be a run "
-                f"of its own; for one process use `{single}`; {HOW_TO_LAUNCH}; "
+                f"{name} is {count}: {starter} starts {count} copies of this command, and each would be a "
+                f"run of its own; for one process use `{single}`; {HOW_TO_LAUNCH}; "
                 "on several machines with one task for each (docs/hardware.md)"
             )
 
@@ -105,8 +105,8 @@ def check_accelerate(mixed_precision: str | None) -> None:
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "") or "no"
     if precision.lower() not in ("no", "bf16", "fp16"):
         raise UserError(
-            f"precision {precision} is not supported, but accelerate's config file or the environment asks for "
-            "it (ACCELERATE_MIXED_PRECISION): give --mixed-precision no, bf16 or fp16"
+            f"precision {precision} is not supported, but accelerate's config file or the environment asks "
+            "for it (ACCELERATE_MIXED_PRECISION): give --mixed-precision no, bf16 or fp16"
         )
 
 

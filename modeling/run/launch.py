@@ -98,8 +98,8 @@ def _build_accelerator(mixed_precision: str | None, use_cpu: bool) -> Accelerato
 def joined(world_size: int, use_cpu: bool) -> Iterator[None]:
     """Wait for the other processes, and say who is missing. In this block the process group is made.
 
-    After a restart it is made here: accelerate would ask the launcher's store, which still has the addresses of
-    the dead processes: https://github.com/pytorch/pytorch/issues/135712.
+    After a restart it is made here: accelerate would ask the launcher's store, which still has the addresses
+    of the dead processes: https://github.com/pytorch/pytorch/issues/135712.
     """
     attempt = environment.integer("TORCHELASTIC_RESTART_COUNT", 0)
     rank = environment.integer("RANK", 0)
@@ -120,8 +120,8 @@ def joined(world_size: int, use_cpu: bool) -> Iterator[None]:
         )
     except DistError as error:
         raise UserError(
-            f"process {rank} cannot use {address}:{port} (MASTER_ADDR, MASTER_PORT), which another program may "
-            "have: choose another port, such as --main_process_port 29511"
+            f"process {rank} cannot use {address}:{port} (MASTER_ADDR, MASTER_PORT), which another program "
+            "may have: choose another port, such as --main_process_port 29511"
         ) from error
     roll = PrefixStore(f"attempt_{attempt}", store)
     roll.set(f"here_{rank}", "")

@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]  # Windows has no SIGUSR1
-GPU_CHECK_EVERY = (
-    20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
-)
+# SIGUSR2 is what submitit sends, SIGHUP what a closed terminal does. Windows has fewer.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# On a GPU each question of the processes to each other waits for the device, so they ask now and then only.
+ASK_SECONDS = 2.0
+MOST_CALLS = 20  # from one question to the next
 SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
 
 
@@ -36,31 +36,57 @@ class Preemption:
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
         self.accelerator, self.save = accelerator, save
-        self.number, self.marked, self.calls = 0, 0.0, 0
+        self.number, self.marked = 0, 0.0
+        self.calls_left, self.calls, self.asked = 1, 0, time.monotonic()
+        self.terminals: list[int] = []
 
     def __enter__(self) -> "Preemption":
-        self.in_main = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python delivers signals to no other
-        self.previous = (
-            {number: signal.signal(number, self._mark) for number in SIGNALS} if self.in_main else {}
-        )
+        self.previous = {}
+        self.terminals = [number for number in (1, 2) if _is_terminal(number)]
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+            for number in SIGNALS:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run outlives its terminal
+                self.previous[number] = signal.signal(number, self._mark)
         return self
 
     def _mark(self, number: int, frame) -> None:
         if self.number and time.monotonic() - self.marked > SAME_SIGNAL_SECONDS:
             os._exit(130 if number == signal.SIGINT else 143)
         self.number, self.marked = self.number or number, self.marked or time.monotonic()
+        if number == getattr(signal, "SIGHUP", None):
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Print into nothing: where a terminal is gone each line is an error, and no state would be saved."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for number in self.terminals:
+            os.dup2(nothing, number)
+        os.close(nothing)
 
     def check(self, *_) -> None:
         """Called by every process equally often. Preempted: one of them has a mark."""
         self.calls += 1
+        self.calls_left -= 1
+        if self.calls_left <= 0 or self.accelerator.device.type == "cpu":
+            self.ask()
+
+    def ask(self) -> None:
+        """Let the processes ask each other now. All of them call this. Preempted: one of them has a mark.
+
+        They agree on the calls until they ask again, from the slowest one's seconds a call.
+        """
         number = self.number
         if self.accelerator.num_processes > 1:
-            if self.accelerator.device.type == "cuda" and self.calls % GPU_CHECK_EVERY:
-                return
-            mark = torch.tensor([number], device=self.accelerator.device)
-            number = int(self.accelerator.gather(mark).max())
+            now = time.monotonic()
+            call_seconds = (now - self.asked) / max(1, self.calls)
+            answers = torch.tensor(
+                [number, call_seconds], dtype=torch.float32, device=self.accelerator.device
+            )
+            highest = self.accelerator.gather(answers[None]).amax(dim=0).tolist()
+            number = int(highest[0])
+            self.calls_left = calls_until_next(highest[1])
+            self.calls, self.asked = 0, now
         if number:
             raise Preempted(number)
 
@@ -77,3 +103,15 @@ class Preemption:
             signal.signal(number, handler)
         if isinstance(error, Preempted):
             raise KeyboardInterrupt if error.number == signal.SIGINT else SystemExit(143)
+
+
+def calls_until_next(call_seconds: float) -> int:
+    """After how many calls the processes ask again, when a call takes so long."""
+    return max(1, min(MOST_CALLS, int(ASK_SECONDS / max(call_seconds, 1e-6))))
+
+
+def _is_terminal(number: int) -> bool:
+    try:
+        return os.isatty(number)
+    except OSError:  # closed
+        return False
