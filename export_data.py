@@ -23,14 +23,16 @@ import torch
 
 from modeling import cli
 from modeling.data import decoding
-from modeling.data.sources import default_val_fraction, load_source, select_rows
+from modeling.data.sources import Source, default_val_fraction, load_source, select_rows
 from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
+from modeling.run import lock
 from modeling.run.launch import num_cores, refuse_processes
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
+LOCK_FILE = ".export.lock"
 RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
@@ -106,21 +108,34 @@ def export_to_imagefolder(
     output_dir = Path(output_dir)
     source = load_source(dataset)
     val_fraction = val_fraction or default_val_fraction(dataset)
-    folders = {name: class_folder(name) for name in source.classes}
     settings = {
         "format_version": 1,
         "dataset": source.name,
         "revision": source.revision,
         "seed": seed,
         "val_fraction": val_fraction,
-        "classes": folders,
+        "classes": {name: class_folder(name) for name in source.classes},
     }
     splits = ["train", "validation"]
     if "test" in source.splits:
         splits.append("test")
     parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
-    _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
+    advice = "wait for its end, or choose another --output-dir"
+    with lock.Lock([output_dir / LOCK_FILE], description=str(output_dir), advice=advice):
+        _refuse_other_content(output_dir, settings)
+        return _export(source, parts, settings, output_dir, num_workers)
+
+
+def _export(
+    source: Source,
+    parts: dict[str, tuple[str, torch.Tensor]],
+    settings: dict[str, Any],
+    output_dir: Path,
+    num_workers: int,
+) -> dict[str, Any]:
+    """Write the images and the manifest, and return it."""
+    folders = settings["classes"]
     # A manifest that is not complete marks a folder whose export was stopped.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
@@ -152,9 +167,7 @@ def export_to_imagefolder(
 
 def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     """UserError: the folder is neither empty nor an export with these settings."""
-    if not output_dir.exists():
-        return
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
+    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
@@ -221,10 +234,10 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    """Return the relative paths of all files in the folder but the manifest."""
+    """Return the relative paths of all files in the folder but the manifest and the lock."""
     paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
     names = {path.relative_to(output_dir).as_posix() for path in paths}
-    return names - {MANIFEST}
+    return names - {MANIFEST, LOCK_FILE}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:

@@ -18,6 +18,7 @@ from modeling.progress import Progress
 from modeling.run import checkpoint, lock
 from modeling.run.launch import make_accelerator
 
+LOCK_FILE = ".evaluate.lock"  # of the folder of results
 load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
 
 
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
         evaluated.append(one)
         if accelerator.is_main_process:
             # Another evaluation may write into this folder, too. Each reads metrics.csv and writes it anew.
-            with lock.hold_folder(traces, "evaluate", waits=True):
+            with lock.Lock([traces / LOCK_FILE], description=str(traces), waits=True):
                 report.write_evaluation(traces, one)
                 report.update_metrics_csv(traces / "metrics.csv", [one.row])
         print(
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
             flush=True,
         )
     if accelerator.is_main_process:
-        with lock.hold_folder(traces, "evaluate", waits=True):
+        with lock.Lock([traces / LOCK_FILE], description=str(traces), waits=True):
             lines = "\n".join(write_comparison(traces, candidates, accelerator))
             tables = report.compare_evaluations(evaluated)
             write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")

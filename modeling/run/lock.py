@@ -197,11 +197,6 @@ def hold_run(accelerator: Accelerator, run_files: RunFiles) -> Iterator[Lock]:
         lock.release()
 
 
-def hold_folder(folder: Path, name: str, *, advice: str = "", waits: bool = False) -> Lock:
-    """The lock of what `name` writes into a folder. UserError on entering: taken, unless it `waits`."""
-    return Lock([folder / f".{name}.lock"], description=str(folder), advice=advice, waits=waits)
-
-
 def _create(path: Path, content: bytes) -> bool:
     """Create the file, in a folder that is made if it is missing. False: the file exists."""
     path.parent.mkdir(parents=True, exist_ok=True)
