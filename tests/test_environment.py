@@ -1,4 +1,4 @@
-"""What the environment asks for is done and said, or refused by name. The cores are those of the container."""
+"""What the environment asks for is done and said, or refused. The cores are those of the container."""
 
 import socket
 import threading

@@ -100,7 +100,7 @@ def check_best(accelerator: Accelerator, run_state: RunState, best: Path, *, for
             f"but {problem[0]}: {advice}"
         )
     if problem[0]:
-        print(f"The best epoch is chosen from those to come, because {best} {problem[0]}", flush=True)
+        print(f"The best epoch is chosen from those to come, because of {best}: {problem[0]}", flush=True)
     run_state.forget_best()
 
 
