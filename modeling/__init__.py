@@ -19,8 +19,9 @@ data/             sources (names and folders -> splits and classes), images (whi
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
 run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
-                  preemption (signals), tracking (TensorBoard and metrics.jsonl), launch (processes, threads,
-                  precision)
+                  resume (what is checked before the first step), preemption (signals), tracking (TensorBoard
+                  and metrics.jsonl), launch (processes, threads, precision), environment (what it asks for),
+                  cores (how many there are)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
 compare           ranks, pairs and runs; answers, scores, suspects, fairness, cost and stats/ are its parts

@@ -73,9 +73,9 @@ def test_on_gpus_the_processes_ask_each_other_by_time():
 
     assert asked_in(1) == 1, "the first call"
     assert asked_in(100) == 5, "fast steps: every 20"
-    gpus.other_seconds = 0.4  # of the slowest process
+    gpus.other_seconds = 0.5  # of the slowest process
     asked_in(20)
-    assert asked_in(100) == 20, "every 5 steps are 2 seconds"
+    assert asked_in(100) == 25, "every 4 steps are 2 seconds"
     gpus.other_seconds = 30.0
     asked_in(5)
     assert asked_in(10) == 10, "every step"
