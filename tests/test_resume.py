@@ -394,7 +394,7 @@ def test_the_best_checkpoint_must_be_the_one_that_the_run_wrote(references, tmp_
     result = call("train", *flags, "--resume")
     assert_refused(result, f"{best} should be the best checkpoint of this run", "it is missing", "--force")
     shutil.copy(references("plain") / "checkpoints" / best.name, best)
-    assert_refused(call("train", *flags, "--resume"), "it is of another run: put it back")
+    assert_refused(call("train", *flags, "--resume"), "it is of another run: put the right file back")
     result = call("train", *flags, "--resume", "--force")
     assert result.status == 0, result.err
     assert (
@@ -426,9 +426,9 @@ def test_what_is_said_of_a_best_checkpoint(trained, tmp_path):
         (Path(__file__), {}, "it is not a checkpoint"),
         (tmp_path / "none", {}, "it is missing"),
     ):
-        with pytest.raises(UserError, match=f"{words}: put it back, or give --force"):
+        with pytest.raises(UserError, match=f"{words}: put the right file back, or give --force"):
             check(path, **changes)
-        with pytest.raises(UserError, match=f"{words}: put it back$"):
+        with pytest.raises(UserError, match=f"{words}: put the right file back$"):
             check(path, finished=True, force=True, **changes)
 
 

@@ -9,11 +9,6 @@ from modeling.errors import UserError
 
 # srun and mpirun start several copies of a command, and say in these variables how many.
 TASK_COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-HOW_TO_LAUNCH = (
-    "start several processes with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml "
-    "--num_processes N train.py ...` (on a CPU: multi_cpu.yaml)"
-)
-
 # accelerate would take up these parts of its config file, or of the environment, by itself.
 UNSUPPORTED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -22,6 +17,14 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 OFF = ("", "0", "false", "no", "off", "none")
+
+
+def how_to_launch(count: int | str = "N") -> str:
+    """The command that starts several processes which know of each other."""
+    return (
+        f"`accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes {count} "
+        "train.py ...` for several (CPU: multi_cpu.yaml)"
+    )
 
 
 def integer(name: str, default: int, *, low: int = 0, high: int = 2**31 - 1) -> int:
@@ -36,7 +39,7 @@ def integer(name: str, default: int, *, low: int = 0, high: int = 2**31 - 1) -> 
     if not low <= value <= high:
         raise UserError(
             f"the environment variable {name} is {text!r}, not an integer from {low} to {high}: "
-            f"unset it for one process; {HOW_TO_LAUNCH}"
+            f"unset it for one process, or use {how_to_launch()}"
         )
     return value
 
@@ -60,7 +63,7 @@ def num_processes() -> int:
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"not set, so no launcher set it: `unset WORLD_SIZE` for one process; {HOW_TO_LAUNCH}"
+            f"not set, so no launcher set it: `unset WORLD_SIZE` for one process, or use {how_to_launch(world_size)}"
         )
     integer("RANK", 0, high=world_size - 1)
     integer("MASTER_PORT", 0, low=1, high=65535)
@@ -79,9 +82,8 @@ def _refuse_copies() -> None:
             starter = "srun" if name.startswith("SLURM") else "mpirun"
             single = "srun --ntasks 1" if starter == "srun" else "mpirun -n 1"
             raise UserError(
-                f"{name} is {count}: {starter} starts {count} copies of this command, and each would be a "
-                f"run of its own; for one process use `{single}`; {HOW_TO_LAUNCH}; "
-                "on several machines with one task for each (docs/hardware.md)"
+                f"{name} is {count}: {starter} starts {count} copies of this command, each a run of its own. Use "
+                f"`{single}` for one process, or {how_to_launch(count)}"
             )
 
 

@@ -90,14 +90,10 @@ def check_best(accelerator: Accelerator, run_state: RunState, best: Path, *, for
     if problem[0] is None:
         return
     if problem[0] and (run_state.finished or not force):
-        advice = (
-            "put it back"
-            if run_state.finished
-            else ("put it back, or give --force to choose the best from the epochs to come")
-        )
+        advice = "" if run_state.finished else ", or give --force to choose the best from the epochs to come"
         raise UserError(
             f"{best} should be the best checkpoint of this run, of epoch {run_state.best_epoch}, "
-            f"but {problem[0]}: {advice}"
+            f"but {problem[0]}: put the right file back{advice}"
         )
     if problem[0]:
         print(f"The best epoch is chosen from those to come, because of {best}: {problem[0]}", flush=True)
