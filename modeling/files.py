@@ -47,7 +47,7 @@ def open_safetensors(path: Path):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Give a temporary binary file to write, and rename it to `path` when the block ends.
+    """Yield a temporary binary file to write. Rename it to `path` when the block ends.
 
     The file is flushed to disk before it is renamed, so a reader never sees half a file. After an error
     `path` is unchanged.
@@ -60,7 +60,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())  # the permissions that open() would give
+            os.chmod(file.name, 0o666 & ~_umask())  # the same permissions as with open()
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)

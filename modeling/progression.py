@@ -1,4 +1,4 @@
-"""What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
+"""Everything that changes during a run: state, sums of the epoch, logs, kept features."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ EVAL_BATCH_SIZE = 64  # images
 
 
 class Progression:
-    """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
+    """Everything that changes during a run. The constructor restores a state, or begins the run."""
 
     def __init__(self, run: Run, run_lock: lock.Lock):
         settings = run.settings
@@ -41,7 +41,7 @@ class Progression:
         self.state, self.totals = resume.restore_or_begin(
             self.states, run.files, resume=settings.resume, force=settings.force
         )
-        is_recorded = self.state.finished or self.state.num_seen == 0  # the log has its last step's records
+        is_recorded = self.state.finished or self.state.num_seen == 0  # the last step is already in the log
         resume.apply_forced_arguments(
             self.state,
             self.totals,
@@ -49,7 +49,7 @@ class Progression:
             settings=settings,
             num_train_images=run.num_train_images,
         )
-        self.probe_features = open_features(run)  # of the backbone that was just restored
+        self.probe_features = open_features(run)  # after restoring, because they depend on the backbone
         self.tracker = tracking.Tracker(
             run.files.logs,
             enabled=run.accelerator.is_main_process,
@@ -66,7 +66,7 @@ class Progression:
 
     def save(self) -> None:
         """Save a state to resume from. All processes call this; the main one writes."""
-        self.run.guard.check()  # a state with a loss that was not finite is worth nothing
+        self.run.guard.check()  # never save weights after a loss that was not finite
         self.lock.check()
         self.state.log_bytes = self.tracker.flush()
         self.state.seconds = time.monotonic() - self.started
@@ -81,7 +81,7 @@ class Progression:
         return model
 
     def features_of(self, split: str) -> torch.Tensor | None:
-        """The kept features (N, D) of a split for evaluation; None for a model that is not a probe."""
+        """The kept features (N, D) of a split for evaluation. None: the model is no linear probe."""
         return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
 
 
@@ -108,7 +108,7 @@ def may_differ_on_resume(flag: str) -> bool:
 
 
 def open_features(run: Run) -> features.ProbeFeatures | None:
-    """The kept features of a linear probe; None for any other model."""
+    """Open the kept features of a linear probe. None: the model is no linear probe."""
     if not isinstance(run.raw_model, models.ViTLinearProbe):
         return None
     probe_features = features.ProbeFeatures(
@@ -123,5 +123,5 @@ def open_features(run: Run) -> features.ProbeFeatures | None:
         num_views=run.settings.feature_views,
         mixes=run.step_settings.mixes,
     )
-    print(f"features   are kept in {probe_features.folder}", flush=True)
+    print(f"features   kept in {probe_features.folder}", flush=True)
     return probe_features

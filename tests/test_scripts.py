@@ -135,9 +135,9 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(launch, "joined", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(launch.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
-    assert_refused(call("train", *TINY), "2 processes were launched, but they do not see each other")
+    assert_refused(call("train", *TINY), "2 processes were launched, but each sees only 1")
     for script in ("profile", "export_data"):
-        assert_refused(call(script), "this script is for one process")
+        assert_refused(call(script), "this script supports only one process")
     monkeypatch.delenv("RANK")
     for script in ("profile", "export_data"):
         assert_refused(call(script), "WORLD_SIZE is 2, but RANK is not set")

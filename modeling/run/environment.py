@@ -63,7 +63,8 @@ def num_processes() -> int:
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"not set, so no launcher set it: `unset WORLD_SIZE` for one process, or use {how_to_launch(world_size)}"
+            "not set, so no launcher set it: `unset WORLD_SIZE` for one process, or use "
+            f"{how_to_launch(world_size)}"
         )
     integer("RANK", 0, high=world_size - 1)
     integer("MASTER_PORT", 0, low=1, high=65535)
@@ -82,8 +83,8 @@ def _refuse_copies() -> None:
             starter = "srun" if name.startswith("SLURM") else "mpirun"
             single = "srun --ntasks 1" if starter == "srun" else "mpirun -n 1"
             raise UserError(
-                f"{name} is {count}: {starter} starts {count} copies of this command, each a run of its own. Use "
-                f"`{single}` for one process, or {how_to_launch(count)}"
+                f"{name} is {count}: {starter} starts {count} copies of this command, each a run of its own. "
+                f"Use `{single}` for one process, or {how_to_launch(count)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: all processes stop after the same step, and one state is saved."""
+"""Ctrl-C (SIGINT), SIGTERM and SIGUSR1 stop a run: after the same step everywhere, with a saved state."""
 
 import os
 import signal
@@ -10,17 +10,20 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-# SIGUSR2 is what submitit sends, SIGHUP what a closed terminal does. Windows has fewer.
+# submitit sends SIGUSR2, a closed terminal SIGHUP. Windows has fewer signals.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-# On a GPU each question of the processes to each other waits for the device, so they ask now and then only.
+# Processes on GPUs ask each other every ASK_SECONDS, at most MOST_CALLS calls of check() later. Each question
+# waits for the device.
 ASK_SECONDS = 2.0
-MOST_CALLS = 20  # from one question to the next
-SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
+MOST_CALLS = 20
+# On Ctrl-C a process can get SIGINT twice: from the terminal and from the launcher. That counts as one
+# signal.
+SAME_SIGNAL_SECONDS = 0.5
 
 
 class Preempted(Exception):
-    """All processes have agreed to end."""
+    """A process got a signal, and all processes know it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -28,10 +31,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """In this block a signal only leaves a mark, which check() turns into Preempted on every process.
+    """In this block a signal is only noted. The next check() raises Preempted on every process.
 
-    On Preempted it calls `save`, which every process enters, and raises KeyboardInterrupt (SIGINT) or
-    SystemExit(143). A second signal ends the process at once.
+    When Preempted leaves the block, every process calls `save`. Then it raises KeyboardInterrupt (SIGINT,
+    exit status 130) or SystemExit(143). A second signal ends the process at once, without saving.
     """
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
@@ -43,7 +46,7 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         self.previous = {}
         self.terminals = [number for number in (1, 2) if _is_terminal(number)]
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
             for number in SIGNALS:
                 if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # nohup: the run outlives its terminal
@@ -65,7 +68,7 @@ class Preemption:
         os.close(nothing)
 
     def check(self, *_) -> None:
-        """Called by every process equally often. Preempted: one of them has a mark."""
+        """All processes call this equally often. Preempted: one of them got a signal."""
         self.calls += 1
         self.calls_left -= 1
         if self.calls_left <= 0 or self.accelerator.device.type == "cpu":
@@ -95,7 +98,7 @@ class Preemption:
             self.save()
             if self.accelerator.is_main_process:
                 print(
-                    f"{error}: a state is saved; the same command with --resume goes on from it",
+                    f"{error}: a state is saved; run the same command with --resume to continue",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -18,12 +18,12 @@ from modeling.settings import Settings
 def restore_or_begin(
     states: States, run_files: RunFiles, *, resume: bool, force: bool
 ) -> tuple[RunState, torch.Tensor]:
-    """Return how far the run is, and this process's totals (2,) float64 of the epoch so far.
+    """Return the run's position, and this process's totals (2,) float64 of the epoch so far.
 
-    With `resume`, or where torch elastic has restarted the job, the newest state is restored. After such a
-    restart without `resume` it must be a state of this very job, for a job that died before its first state
-    would find an older run's. Otherwise the run begins, and an older run's files are moved aside. UserError:
-    the processes found different states.
+    With `resume`, or after torch elastic restarted the job, restore the newest state. Otherwise begin a new
+    run, and move an older run's files aside. After a restart without `resume`, take only a state of this very
+    job: if the job died before its first state, the newest one belongs to an older run. UserError: the
+    processes found different states, or the best checkpoint is not this run's.
     """
     accelerator = states.accelerator
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -49,7 +49,7 @@ def restore_or_begin(
     else:
         if resume or is_restarted:
             print(
-                f"There is no state of {run_files.run!r} to resume in {states.folder}: "
+                f"There is no state of {run_files.run!r} in {states.folder} to resume from: "
                 "starting from the beginning"
             )
         if accelerator.is_main_process:
@@ -57,7 +57,7 @@ def restore_or_begin(
         run_id = states.run_id()
         restored = RunState(run_id=run_id), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
 
-    if accelerator.is_main_process:  # remove what a kill left of files that were being written
+    if accelerator.is_main_process:  # remove the unfinished files of a killed process
         leftovers = [*states.folder.glob(".step_*.tmp")]
         leftovers += states.folder.parent.glob(f".{run_files.best.name}.*.tmp")
         leftovers += states.folder.parent.glob(f".{run_files.final.name}.*.tmp")
@@ -123,23 +123,23 @@ def apply_forced_arguments(
     settings: Settings,
     num_train_images: int,
 ) -> None:
-    """Fit a restored state to arguments that --force changed: a finished run that is made longer goes on.
+    """Adapt a restored state to arguments that --force changed. A finished run that is now longer continues.
 
-    UserError: the run would end before the state, its epoch would be cut in the middle of a batch, or a saved
-    number means something else now.
+    UserError: the run would end before the state, the state lies inside a batch of the new --batch-size, or a
+    saved number now means something else.
     """
     epochs, max_steps, batch_size = settings.epochs, settings.max_steps, settings.batch_size
     if (max_steps and run_state.step > max_steps) or run_state.epoch >= epochs:
         raise UserError(
             f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: "
-            "give a longer run than that"
+            "give a larger --epochs or --max-steps"
         )
     is_longer = run_state.step < max_steps if max_steps else run_state.epoch + 1 < epochs
     if run_state.finished and differing:
         if not is_longer:
             raise UserError(
                 f"the run is finished after step {run_state.step}: other arguments change nothing in it; "
-                "give a longer run, or start a new one without --resume"
+                "give a larger --epochs or --max-steps, or start a new run without --resume"
             )
         run_state.finished = False
         run_state.test = None
@@ -150,7 +150,7 @@ def apply_forced_arguments(
     if run_state.num_seen % batch_size and run_state.num_seen < num_train_images:
         raise UserError(
             f"the state has seen {run_state.num_seen} images of its epoch, "
-            f"not a multiple of --batch-size {batch_size}"
+            f"not a multiple of --batch-size {batch_size}: give the old --batch-size"
         )
     step_here = run_state.epoch * settings.steps_per_epoch + math.ceil(run_state.num_seen / batch_size)
     counts_steps = settings.schedule != "constant" or settings.warmup_epochs or max_steps

@@ -1,6 +1,6 @@
-"""The state that a run resumes from: how far it is, and its tensors.
+"""The state that a run resumes from: its position and its tensors.
 
-No generator's state is saved: every random number is a function of seed, epoch, step and image.
+No generator's state is saved, because every random number is a function of seed, epoch, step and image.
 """
 
 import dataclasses
@@ -26,18 +26,17 @@ from modeling.files import atomic_write
 from modeling.optim import Ema
 from modeling.run.lock import start_ticks
 
-NUM_KEPT = 2  # states of a run
-_KEY = "state"  # of the metadata of a state's file
+NUM_KEPT = 2  # states that a run keeps
+_KEY = "state"  # the metadata key in a state's file
 
 
 @dataclass
 class RunState:
-    """How far a run is: `step` updates are done, and `num_seen` images of epoch `epoch` (from 0) were seen.
+    """The position of a run: `step` updates are done; `num_seen` images of epoch `epoch` (from 0) are used.
 
-    run_id is equal in a run and those that resume it. best is the best value of the metric that chooses the
-    best epoch, log_bytes the length of metrics.jsonl. seconds counts training time. finished: no step is
-    left, and the last epoch is recorded. test holds the
-    metrics on test once they are known.
+    run_id is the same in a run and those that resume it. best is the value of --best-metric at the best
+    epoch. log_bytes is the length of metrics.jsonl. seconds is the training time. finished: no step is left,
+    and the last epoch is recorded. test holds the metrics on the test split, or None before the final test.
     """
 
     run_id: str = ""
@@ -67,11 +66,11 @@ class RunState:
 
 
 class States:
-    """A run's folder of states: step_{step}_{SHA-256}.safetensors, of which the newest NUM_KEPT are kept.
+    """A run's folder of states, step_{step}_{SHA-256}.safetensors. The newest NUM_KEPT are kept.
 
     Every process calls save and restore; the main process writes. All processes must see the folder.
-    `arguments` are the values that must be equal in a run and in the one that resumes it. A change of
-    `versions`, those of the packages, is only said.
+    `arguments` are the values that must be the same when the run is resumed.
+    A change of `versions`, those of the packages, is only printed.
     """
 
     def __init__(
@@ -100,7 +99,7 @@ class States:
         return _digest(json.dumps(self.arguments, sort_keys=True).encode())
 
     def save(self, run_state: RunState, totals: torch.Tensor) -> None:
-        """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
+        """Write a state. totals (2,) float64: this process's loss sum and correct images in this epoch."""
         all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
         started_by = launcher(self.accelerator)
         if not self.accelerator.is_main_process:
@@ -131,18 +130,18 @@ class States:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
         older = [p for p in others if _step(p) < run_state.step]
-        # A newer one is broken, or of a course that was left.
+        # A state with a later step is broken, or this run resumed from before it: remove it too.
         for old in {*others} - {*older[: NUM_KEPT - 1]}:
             old.unlink()
         self.accelerator.wait_for_everyone()
 
     def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[RunState, torch.Tensor] | None:
-        """Load the newest whole state into model, optimizer and average; None: there is none.
+        """Load the newest complete state into model, optimizer and average. None: there is no state.
 
-        Returns how far the run was, and this process's totals (2,).
+        Returns the run's position, and this process's totals (2,).
 
-        of_launcher: only one that this launcher's processes wrote. UserError: it is of a run with other
-        arguments (unless `force`), or of another model or optimizer.
+        With of_launcher, take only a state that a process of this launcher wrote. UserError: the state
+        belongs to a run with other arguments (unless `force`), or to another model or optimizer.
         """
         found = read_newest(self.folder, warn=self.accelerator.is_main_process)
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
@@ -152,8 +151,8 @@ class States:
         changes = _changes(saved, wanted)
         if changes and not force:
             raise UserError(
-                f"{path.parent} is of a run with other arguments: {', '.join(changes.values())}; "
-                "give those, or --force"
+                f"{path.parent} belongs to a run with other arguments: {', '.join(changes.values())}; "
+                "give the old ones, or --force"
             )
         if changes:
             print(f"Resuming by --force with other arguments: {', '.join(changes.values())}")
@@ -162,7 +161,7 @@ class States:
             print(f"Other versions than when the state was saved: {', '.join(updates.values())}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
             raise UserError(
-                f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on "
+                f"{path} belongs to another optimizer: {wanted['optimizer']} cannot continue "
                 f"from {saved['optimizer']}"
             )
         self.restored_digest = int(path.stem[-15:], 16)
@@ -180,14 +179,13 @@ class States:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{path} is of another model or optimizer: {str(error).splitlines()[0]}"
+                f"{path} belongs to another model or optimizer: {str(error).splitlines()[0]}"
             ) from error
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(
-                        value
-                    )  # in its layout in memory, as fused optimizers take it
+                    # Fused optimizers need the parameter's memory layout, such as channels-last.
+                    values[name] = torch.empty_like(parameter).copy_(value)
         if self.ema and groups["ema"]:
             self.ema.updates = header["ema_updates"]
             for name, value in groups["ema"].items():
@@ -195,9 +193,8 @@ class States:
         if self.accelerator.scaler and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         totals, device = tensors["totals"], self.accelerator.device
-        if (
-            len(totals) != self.accelerator.num_processes
-        ):  # of another number of processes: the first keeps the sums
+        # With another number of processes than before, process 0 gets all the sums and the others get zeros.
+        if len(totals) != self.accelerator.num_processes:
             totals = F.pad(totals.sum(dim=0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
         return RunState(**header["position"]), totals[self.accelerator.process_index].to(device)
 
@@ -217,7 +214,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 
 def launcher(accelerator: Accelerator) -> str:
-    """What started the main process: the same for a process that torch elastic starts again."""
+    """Name the program that started the main process. torch elastic keeps it when it restarts processes."""
     parent = os.getppid()
     text = [f"{platform.node()}:{parent}:{start_ticks(parent)}"]
     if accelerator.num_processes > 1:
@@ -239,9 +236,9 @@ def _step(path: Path) -> int:
 def read_newest(
     folder: Path, *, warn: bool = True
 ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return path, tensors and header of the newest state whose content has its checksum.
+    """Return path, tensors and header of the newest state whose content matches the checksum in its name.
 
-    A broken state is passed over with a warning. None: there is no whole state.
+    A broken state is skipped with a warning. None: there is no complete state.
     """
     for path in list_states(folder):
         content = path.read_bytes()
