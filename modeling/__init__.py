@@ -27,8 +27,8 @@ metrics           accuracy, F1 and others, as local `evaluate` modules
 evaluation        what evaluate.py runs
 profiling         what profile.py runs
 report            tables, text and plots
-compare           ranks models, and compares pairs. Its parts: answers (predictions), scores, suspects
-(labels),                   fairness, cost, stats/ (estimators)
+compare           ranks models and compares pairs. Its parts: answers (predictions), scores, suspects
+                  (labels), fairness, cost, stats/ (estimators)
 comparison_files  writes the page and the CSV files of a comparison. Its parts: comparison_text, analysis,
                   page, pages/
 sanity            can the model overfit a few batches?

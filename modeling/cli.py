@@ -14,7 +14,7 @@ import torch
 from modeling.errors import UserError
 from modeling.run.launch import is_main_process, num_cores
 
-SAME_ERROR_SECONDS = 5  # the main process reports an error that all have; the others wait so long
+SAME_ERROR_SECONDS = 5  # the other processes report an error so much later than the main one
 
 
 class Parser(argparse.ArgumentParser):
@@ -115,7 +115,7 @@ def check_output_dir(folder: Path, *subfolders: str) -> None:
         try:
             place.mkdir(parents=True, exist_ok=True)
             probe.touch()
-            probe.unlink(missing_ok=True)  # a process with the same number on another machine may be faster
+            probe.unlink(missing_ok=True)  # another machine's process of this number may have removed it
         except OSError as error:
             raise UserError(f"cannot write to the output folder {place}: {error.strerror}") from error
 

@@ -209,10 +209,10 @@ def predict(
     """Run the model in eval mode over all images, then restore its former mode.
 
     The batches are the same as on one process. Process r of P takes batches r, r + P, r + 2 P, and so on.
-    Every process returns the predictions of all images, in order. If features (N, D) are given, the model
-    takes them instead of pixels. progress(n) is called equally often on every process; n counts the images
-    that all processes did in one turn. The model must not be wrapped by DDP: its processes would wait for
-    each other, and some have one batch fewer.
+    Every process returns the predictions of all images, in order. features (N, D): if given, the model takes
+    these instead of pixels. progress(n) is called equally often on every process; n counts the images that
+    all processes did in one turn. The model must not be wrapped by DDP: its processes would wait for each
+    other, and some have one batch fewer.
     """
     device = accelerator.device if accelerator else next(model.parameters()).device
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

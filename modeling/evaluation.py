@@ -207,7 +207,7 @@ def output_names(paths: list[Path]) -> list[str]:
     names = [run if runs.count(run) == 1 else path.stem for run, path in zip(runs, paths, strict=True)]
     if len(set(names)) < len(names):
         raise UserError(
-            f"two checkpoints would write files of the same name: {', '.join(map(str, paths))}; "
+            f"two checkpoints would write the same files: {', '.join(map(str, paths))}; "
             "evaluate them one by one, each with its own --output-dir"
         )
     return names

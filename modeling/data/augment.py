@@ -66,7 +66,7 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
     r, g, b = images.unbind(dim=1)
-    gray = ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()  # the sum has no rounding error: integers
+    gray = ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()  # a sum of integers is exact
     return gray[:, None]
 
 

@@ -29,7 +29,7 @@ class Tracker:
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """Write a line of metrics.jsonl, and TensorBoard scalars, where train_loss is called loss/train."""
+        """Write a line of metrics.jsonl, and TensorBoard scalars (train_loss as loss/train)."""
         if not self.enabled:
             return
         self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
