@@ -302,7 +302,7 @@ def test_what_may_differ_when_resuming(references, tmp_path):
 def test_resume_without_a_state_starts_from_the_beginning_and_says_so(tmp_path):
     result = call("train", *CNN, "--max-steps", 1, "--output-dir", tmp_path, "--resume")
     assert result.status == 0
-    assert "There is no state of 'cnn_small' to resume" in result.out
+    assert "There is no state of 'cnn_small' in" in result.out
 
 
 def test_torch_elastics_restart_implies_resume(references, tmp_path, monkeypatch):
@@ -540,7 +540,7 @@ def test_a_signal_saves_one_state_and_resume_ends_the_same(references, number, s
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
-    assert f"{signal.Signals(number).name}: a state is saved; the same command with --resume goes on" in err
+    assert f"{signal.Signals(number).name}: a state is saved; run the same command with --resume" in err
     assert "Traceback" not in err
     result = call("train", *LONG, "--output-dir", tmp_path, "--resume")
     assert result.status == 0, result.err
