@@ -452,7 +452,7 @@ def test_a_saved_number_that_means_something_else_is_refused_or_computed_anew(ca
     with pytest.raises(UserError, match="after step 12, which would be step 4 with this batch size"):
         forced(after_two_epochs(), "batch_size", **other_batch)
     for flag in ({"warmup_epochs": 1}, {"max_steps": 20, "epochs": 10}):
-        with pytest.raises(UserError, match="learning rate is a function of the step"):
+        with pytest.raises(UserError, match="learning rate or --max-steps counts steps"):
             forced(after_two_epochs(), "batch_size", **other_batch, schedule="constant", **flag)
     assert forced(after_two_epochs(), "batch_size", **other_batch, schedule="constant").step == 12
     assert forced(after_two_epochs(), "best_metric").best == 2.0

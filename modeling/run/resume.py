@@ -157,7 +157,7 @@ def apply_forced_arguments(
     if run_state.step != step_here and counts_steps:
         raise UserError(
             f"the state is after step {run_state.step}, which would be step {step_here} with this batch size "
-            "and number of training images. The learning rate is a function of the step: give the state's own"
+            "and number of training images. The learning rate or --max-steps counts steps: give the old ones"
         )
     if "best_metric" in differing and run_state.best_epoch:
         run_state.best = run_state.best_scores[settings.best_metric]
