@@ -26,14 +26,16 @@ from modeling.data import decoding
 from modeling.data.division import select_rows
 from modeling.data.folders import encode_class
 from modeling.data.known import default_val_fraction
-from modeling.data.sources import NO_CHOICES, Choices, load_source
+from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
 from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
+from modeling.run import lock
 from modeling.run.launch import num_cores, refuse_processes
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
+LOCK_FILE = ".export.lock"
 
 
 def build_parser() -> cli.Parser:
@@ -98,21 +100,35 @@ def export_to_imagefolder(
     source = load_source(dataset, choices)
     print(source.describe(), flush=True)
     val_fraction = val_fraction or default_val_fraction(dataset)
-    folders = {name: encode_class(name) for name in source.classes}
     settings = {
         "format_version": 1,
         "dataset": source.name,
         "revision": source.revision,
         "seed": seed,
         "val_fraction": val_fraction,
-        "classes": folders,
+        "classes": {name: encode_class(name) for name in source.classes},
     }
     splits = ["train", "validation"]
     if "test" in source.splits:
         splits.append("test")
     parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
-    _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
+    advice = "wait for its end, or choose another --output-dir"
+    with lock.Lock([output_dir / LOCK_FILE], description=str(output_dir), advice=advice):
+        _refuse_other_content(output_dir, settings)
+        return _export(source, parts, settings, output_dir, num_workers, skip_bad_images)
+
+
+def _export(
+    source: Source,
+    parts: dict[str, tuple[str, torch.Tensor]],
+    settings: dict[str, Any],
+    output_dir: Path,
+    num_workers: int,
+    skip_bad_images: bool,
+) -> dict[str, Any]:
+    """Write the images and the manifest, and return it."""
+    folders = settings["classes"]
     # If the export is stopped, this incomplete manifest stays. The next call then finishes the export.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
@@ -159,9 +175,7 @@ def export_to_imagefolder(
 
 def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     """UserError: the folder is neither empty nor an export with these settings."""
-    if not output_dir.exists():
-        return
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
+    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
@@ -242,10 +256,10 @@ def count_duplicates(output_dir: Path) -> dict[str, int]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    """Return the relative paths of all files in the folder, except the manifest."""
+    """Return the relative paths of all files in the folder, except the manifest and the lock."""
     paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
     names = {path.relative_to(output_dir).as_posix() for path in paths}
-    return names - {MANIFEST}
+    return names - {MANIFEST, LOCK_FILE}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:

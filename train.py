@@ -181,6 +181,7 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
         # All ranks enter; the main one writes.
         if settings.checkpoint_every and current.step % settings.checkpoint_every == 0:
             now.save()
+    signals.ask()  # all ranks: a signal of the last steps is seen before the validation
 
 
 def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
@@ -212,7 +213,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
                 f"the validation loss was not finite after step {current.step}: {NOT_FINITE_HELP}"
             )
         is_best, is_last = judge_epoch(settings, current, epoch, scores)
-        header = run.header | {"epoch": epoch + 1, "step": current.step, "metrics": scores}
+        header = run.header | now.state.described(epoch, scores)
         clock = {"train_seconds": time.monotonic() - now.started}
         now.lock.check()
         if is_best and run.accelerator.is_main_process:
@@ -263,9 +264,8 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
         return
     run.accelerator.wait_for_everyone()  # until the main process has written the best checkpoint
     if "test" in run.images:
-        best_model, _ = checkpoint.load_model(run.files.best)
         now.state.test = evaluate_model(
-            run.accelerator.prepare_model(best_model, evaluation_mode=True),
+            run.accelerator.prepare_model(now.load_best(), evaluation_mode=True),
             run.images["test"],
             run.step_settings.preprocessing,
             batch_size=EVAL_BATCH_SIZE,

@@ -21,9 +21,10 @@ models/           build_model; timm backbones and the linear probe; weights (whe
                   tensors (reading and fitting them), positions, layout; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
 run/              files (every file name of a run), lock (one owner), checkpoint, header (what a checkpoint
-                  says of itself, checked), state (to resume from), preemption (Ctrl-C and signals),
-                  tracking (TensorBoard and metrics.jsonl), pace (speed, gradient norm), pictures,
-                  curves, launch (processes, threads, precision)
+                  says of itself, checked), state (to resume from), resume (what is checked before the
+                  first step), preemption (Ctrl-C and signals), tracking (TensorBoard and metrics.jsonl),
+                  pace (speed, gradient norm), pictures, curves, launch (processes, threads, precision),
+                  environment (variables that are followed or refused), cores (how many, how busy)
 metrics           accuracy, F1 and others, as local `evaluate` modules
 evaluation        what evaluate.py runs
 profiling         what profile.py runs. Its parts: step_profile (one row), trace, profile_page

@@ -19,8 +19,10 @@ from modeling.engine import predict
 from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
-from modeling.run import checkpoint
+from modeling.run import checkpoint, lock
 from modeling.run.launch import make_accelerator
+
+LOCK_FILE = ".evaluate.lock"  # in the folder of the results
 
 
 def build_parser(description: str = "") -> cli.Parser:
@@ -303,8 +305,10 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
         candidates.append(candidate)
         evaluated.append(one)
         if accelerator.is_main_process:
-            report.write_evaluation(traces, one)
-            report.update_metrics_csv(traces / "metrics.csv", [one.row])
+            # Another evaluation may write into this folder, too. Each reads metrics.csv and writes it anew.
+            with lock.Lock([traces / LOCK_FILE], description=str(traces), waits=True):
+                report.write_evaluation(traces, one)
+                report.update_metrics_csv(traces / "metrics.csv", [one.row])
         print(
             f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, "
             f"{one.row['num_samples']:,} images: "
@@ -312,9 +316,10 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
             flush=True,
         )
     if accelerator.is_main_process:
-        lines = "\n".join(write_comparison(traces, candidates, accelerator))
-        tables = report.compare_evaluations(evaluated)
-        write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")
+        with lock.Lock([traces / LOCK_FILE], description=str(traces), waits=True):
+            lines = "\n".join(write_comparison(traces, candidates, accelerator))
+            tables = report.compare_evaluations(evaluated)
+            write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")
         print(lines)
     print(
         "metrics.csv, reports, confusion matrices, predictions, pairs.csv, class_metrics.csv, "

@@ -1,5 +1,7 @@
 """Everything that changes during a run: state, sums of the epoch, logs, kept features."""
 
+import hashlib
+import json
 import shlex
 import time
 from pathlib import Path
@@ -11,8 +13,9 @@ import torch
 from modeling import features, models
 from modeling.data.batches import training_steps
 from modeling.engine import Predictions, make_inputs
+from modeling.errors import UserError
 from modeling.progress import Progress
-from modeling.run import curves, lock, pictures, state, tracking
+from modeling.run import checkpoint, curves, lock, pictures, resume, state, tracking
 from modeling.run.pace import Pace
 from modeling.settings import MAY_DIFFER
 from modeling.setup import Run
@@ -28,8 +31,7 @@ class Progression:
         arguments = {
             name: value for name, value in settings.recorded().items() if not may_differ_on_resume(name)
         }
-        arguments["training images"] = run.header["dataset"]["train_sha256"][:8]
-        arguments["model"] = run.header["model"]
+        arguments |= identity(run)
         self.run = run
         self.lock = run_lock
         self.states = state.States(
@@ -39,22 +41,21 @@ class Progression:
             optimizer=run.optimizer,
             ema=run.ema,
             arguments=arguments,
+            versions=run.header["versions"],
         )
-        self.state, self.totals = state.restore_or_begin(
+        self.state, self.totals = resume.restore_or_begin(
             self.states, run.files, resume=settings.resume, force=settings.force
         )
         # A state that is saved before the validation of its epoch comes before that step's record.
         awaits_validation = not self.state.finished and (
             self.state.num_seen == run.num_train_images or self.state.step == settings.total_steps
         )
-        state.apply_forced_arguments(
+        resume.apply_forced_arguments(
             self.state,
             self.totals,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            batch_size=settings.batch_size,
+            differing=self.states.differing,
+            settings=settings,
             num_train_images=run.num_train_images,
-            arguments_differ=self.states.arguments_differ,
         )
         self.probe_features = open_features(run)  # after restoring, because they depend on the backbone
         self.tracker = tracking.Tracker(
@@ -96,6 +97,14 @@ class Progression:
             )
             self.tracker.image("confusion_matrix/validation", picture, self.state.step)
 
+    def load_best(self) -> torch.nn.Module:
+        """The model of the best epoch. UserError: its checkpoint is not the one that this run wrote."""
+        path = self.run.files.best
+        model, header = checkpoint.load_model(path)
+        if not self.state.is_best(header):
+            raise UserError(f"{path} was replaced meanwhile: it is not this run's best checkpoint")
+        return model
+
     def features_of(self, split: str) -> torch.Tensor | None:
         """The kept features (N, D) of a split for evaluation. None: the model is no linear probe."""
         return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
@@ -114,6 +123,24 @@ def first_images(run: Run) -> np.ndarray:
     batch = next(steps)[0].to(run.accelerator.device)
     x, _ = make_inputs(batch, epoch=0, step=0, step_settings=run.step_settings)
     return pictures.image_grid(x, run.step_settings.preprocessing)
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What must be equal on resuming besides the settings: images, weights and model, not their paths."""
+    weights = run.weights.path
+    return {
+        "classes": hashlib.sha256(json.dumps(run.header["classes"]).encode()).hexdigest()[:8],
+        **{f"{split} images": images.fingerprint()[:8] for split, images in run.images.items()},
+        "model": run.header["model"],
+        "preprocessing": run.header["preprocessing"],
+        "weights file": file_digest(weights)[:8] if weights else "none",
+    }
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def may_differ_on_resume(flag: str) -> bool:

@@ -90,11 +90,14 @@ class MayDiffer:
 
 
 # The flags that do not change what is computed. All others must have one value in a run.
+# dataset and weights are paths: a resumed run must find the same images and weights (progression.identity).
 MAY_DIFFER = {
     "output_dir": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "num_workers": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "store_limit": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "num_threads": MayDiffer(on_resume=True, between_processes=True, recorded=True),
+    "dataset": MayDiffer(on_resume=True, between_processes=False, recorded=True),
+    "weights": MayDiffer(on_resume=True, between_processes=False, recorded=True),
     "run_name": MayDiffer(on_resume=True, between_processes=False, recorded=True),
     "checkpoint_every": MayDiffer(on_resume=True, between_processes=False, recorded=False),
     "report_to": MayDiffer(on_resume=True, between_processes=False, recorded=False),

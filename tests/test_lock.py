@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from conftest import ROOT, TINY, assert_refused, call, newest_step
+from conftest import ROOT, TINY, assert_refused, call, newest_step, scripts
 from test_resume import assert_no_step_twice, assert_same_outcome
 
+from modeling import evaluation, report
 from modeling.errors import UserError
 from modeling.run import lock
 from modeling.run.files import RunFiles
@@ -78,11 +80,11 @@ def test_the_lock_of_a_process_that_has_ended_is_broken_at_once(changes, tmp_pat
 def test_a_killed_process_that_its_parent_has_not_reaped_has_ended(tmp_path):
     path = tmp_path / ".x.lock"
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    written(path, pid=process.pid, ticks=lock._start_ticks(process.pid))
+    written(path, pid=process.pid, ticks=lock.start_ticks(process.pid))
     with pytest.raises(UserError, match=f"process {process.pid} "):
         make_lock(path).acquire()
     process.kill()
-    while lock._start_ticks(process.pid):
+    while lock.start_ticks(process.pid):
         time.sleep(0.01)
     with make_lock(path):
         pass
@@ -144,6 +146,45 @@ def test_a_lock_works_without_flock(tmp_path, monkeypatch):
     written(tmp_path / ".x.lock", ticks="7")
     with make_lock(tmp_path / ".x.lock"), pytest.raises(UserError, match="in use"):
         make_lock(tmp_path / ".x.lock").acquire()
+
+
+def test_two_evaluations_of_one_folder_lose_no_row(trained, tmp_path, monkeypatch):
+    """Another evaluation has read metrics.csv and has not yet written it, when ours wants to write."""
+    traces, waits = tmp_path / "traces", threading.Event()
+    table = traces / "metrics.csv"
+    other_row = dict.fromkeys(report.CSV_COLUMNS, 1)
+    real = lock.Owner.is_alive
+
+    def is_alive(owner):
+        waits.set()
+        return real(owner)
+
+    monkeypatch.setattr(lock.Owner, "is_alive", is_alive)
+    held = lock.Lock([traces / evaluation.LOCK_FILE], description="")
+    held.acquire()
+
+    def write_late():
+        while not waits.is_set() and not table.exists():
+            time.sleep(0.01)
+        table.write_text(report.csv_text([other_row], report.CSV_COLUMNS))
+        held.release()
+
+    other = threading.Thread(target=write_late)
+    other.start()
+    result = call("evaluate", "--ckpt", trained.best, "--limit-eval", 20, "--output-dir", tmp_path)
+    other.join()
+    assert result.status == 0, result.err
+    assert f"waiting for process {os.getpid()} " in result.out
+    assert [row["model"] for row in report.read_metrics_csv(table)] == ["1", "cnn_small"]
+    assert not [*traces.glob(".*")]
+
+
+def test_two_exports_into_one_folder(tmp_path):
+    folder = tmp_path / "data"
+    with lock.Lock([folder / scripts.export_data.LOCK_FILE], description=""):
+        result = call("export_data", "--dataset", "digits", "--output-dir", folder)
+    assert_refused(result, f"{folder} is in use by process {os.getpid()} of", "choose another --output-dir")
+    assert not folder.exists() or not [*folder.iterdir()]
 
 
 def test_an_owner_that_lost_its_lock_ends(tmp_path):

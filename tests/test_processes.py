@@ -20,7 +20,7 @@ from conftest import DATA, ROOT, call, command, newest_step
 from sklearn import metrics as sklearn_metrics
 from test_resume import assert_no_step_twice, assert_same_outcome
 
-from modeling.run import state
+from modeling.run import resume
 from modeling.run.files import RunFiles
 from modeling.run.launch import check_shared_folder, num_cores
 
@@ -425,4 +425,4 @@ def test_processes_that_find_different_states_are_refused(tmp_path):
 
     states = SimpleNamespace(accelerator=Two, restored_digest=0, folder=tmp_path, restore=lambda **_: None)
     with pytest.raises(ValueError, match="found different states"):
-        state.restore_or_begin(states, RunFiles(tmp_path, "run"), resume=True, force=False)
+        resume.restore_or_begin(states, RunFiles(tmp_path, "run"), resume=True, force=False)

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import DATA, ROOT, assert_refused, call, newest_step, scripts
+from conftest import DATA, ROOT, assert_refused, call, make_image_folder, newest_step, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling import engine, files
-from modeling.run import checkpoint, state, tracking
+from modeling.errors import UserError
+from modeling.run import checkpoint, resume, state, tracking
 from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
@@ -262,7 +264,7 @@ def test_a_restart_does_not_take_up_an_older_run(references, tmp_path, monkeypat
     """A job that torch elastic restarts before its first state finds the states of the run before."""
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setattr(state, "_launcher", lambda: "another")
+    monkeypatch.setattr(resume, "launcher", lambda _: "another")
     result = call("train", *RUNS["plain"], "--lr", 0.01, "--output-dir", tmp_path)
     assert result.status == 0, result.err
     assert "The files of an older run 'cnn_small' are now in" in result.out
@@ -304,7 +306,7 @@ def test_what_may_differ_when_resuming(references, tmp_path):
 def test_resume_without_a_state_starts_from_the_beginning_and_says_so(tmp_path):
     result = call("train", *CNN, "--max-steps", 1, "--output-dir", tmp_path, "--resume")
     assert result.status == 0
-    assert "There is no state of 'cnn_small' to resume" in result.out
+    assert "There is no state of 'cnn_small' in" in result.out
 
 
 def test_torch_elastics_restart_implies_resume(references, tmp_path, monkeypatch):
@@ -383,6 +385,136 @@ def test_a_state_with_a_loss_that_is_not_finite_is_never_saved(tmp_path, monkeyp
     ]
 
 
+# ---- what is checked before the first step -------------------------------------------------------
+
+
+def test_the_best_checkpoint_must_be_the_one_that_the_run_wrote(references, tmp_path, monkeypatch):
+    flags = (*CNN, "--output-dir", tmp_path, "--lr", 1e-9)  # no later epoch is better
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, scripts.train, "train_step", 15)
+        call("train", *flags)
+    best = tmp_path / "checkpoints" / "cnn_small_best.safetensors"
+    best.unlink()
+    result = call("train", *flags, "--resume")
+    assert_refused(result, f"{best} should be the best checkpoint of this run", "it is missing", "--force")
+    shutil.copy(references("plain") / "checkpoints" / best.name, best)
+    assert_refused(call("train", *flags, "--resume"), "it is of another run: put the right file back")
+    result = call("train", *flags, "--resume", "--force")
+    assert result.status == 0, result.err
+    assert (
+        f"The best epoch is chosen from those to come, because of {best}: it is of another run" in result.out
+    )
+    assert "Best epoch 3" in result.out
+    final = tmp_path / "checkpoints" / "cnn_small_final.safetensors"
+    assert checkpoint.read_header(best)["metrics"] == checkpoint.read_header(final)["metrics"]
+
+
+def test_what_is_said_of_a_best_checkpoint(trained, tmp_path):
+    header = checkpoint.read_header(trained.best)
+    process = SimpleNamespace(num_processes=1, is_main_process=True)
+
+    def check(path=trained.best, force=False, **changes):
+        values = {"run_id": header["run_id"], "best_epoch": header["epoch"], "best_scores": header["metrics"]}
+        run_state = state.RunState(**values | {"best": 0.5, "epoch": 5} | changes)
+        resume.check_best(process, run_state, path, force=force)
+        return run_state.best_epoch
+
+    assert check() == header["epoch"]
+    assert check(best_epoch=0) == 0, "no epoch was validated yet"
+    assert check(best_epoch=1, epoch=header["epoch"] - 1) == 0, "killed before its state: trained again"
+    assert check(tmp_path / "none", test={}) == header["epoch"], "nothing is left to evaluate"
+    assert check(best_epoch=9, force=True) == 0
+    for path, changes, words in (
+        (trained.best, {"best_scores": {}}, f"it is of epoch {header['epoch']}"),
+        (trained.best, {"run_id": "x"}, "it is of another run"),
+        (Path(__file__), {}, "it is not a checkpoint"),
+        (tmp_path / "none", {}, "it is missing"),
+    ):
+        with pytest.raises(UserError, match=f"{words}: put the right file back, or give --force"):
+            check(path, **changes)
+        with pytest.raises(UserError, match=f"{words}: put the right file back$"):
+            check(path, finished=True, force=True, **changes)
+
+
+def forced(run_state: state.RunState, *differing: str, **changes) -> state.RunState:
+    """Resume by --force a run of 4 epochs of 6 steps of 16 images."""
+    values = {"epochs": 4, "max_steps": 0, "batch_size": 16, "steps_per_epoch": 6, "schedule": "cosine"}
+    settings = SimpleNamespace(**values | {"warmup_epochs": 0, "best_metric": "loss"} | changes)
+    resume.apply_forced_arguments(
+        run_state, torch.zeros(2), differing=set(differing), settings=settings, num_train_images=96
+    )
+    return run_state
+
+
+def test_a_saved_number_that_means_something_else_is_refused_or_computed_anew(capsys):
+    def after_two_epochs(**changes):
+        scores = {"accuracy": 0.5, "loss": 2.0}
+        return state.RunState(epoch=2, step=12, best=0.5, best_epoch=1, best_scores=scores, **changes)
+
+    assert forced(after_two_epochs()) == after_two_epochs()
+    other_batch = {"batch_size": 48, "steps_per_epoch": 2}
+    with pytest.raises(UserError, match="after step 12, which would be step 4 with this batch size"):
+        forced(after_two_epochs(), "batch_size", **other_batch)
+    for flag in ({"warmup_epochs": 1}, {"max_steps": 20, "epochs": 10}):
+        with pytest.raises(UserError, match="learning rate or --max-steps counts steps"):
+            forced(after_two_epochs(), "batch_size", **other_batch, schedule="constant", **flag)
+    assert forced(after_two_epochs(), "batch_size", **other_batch, schedule="constant").step == 12
+    assert forced(after_two_epochs(), "best_metric").best == 2.0
+    assert forced(after_two_epochs(), "validation images").best is None
+    assert "the best epoch is chosen from those to come" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other arguments change nothing in it"):
+        forced(state.RunState(epoch=3, step=24, num_seen=96, finished=True), "test images")
+
+
+def test_the_same_images_and_weights_under_another_path(trained, tmp_path, monkeypatch):
+    counts = {split: {"a": 12, "b": 12} for split in ("train", "val", "test")}
+    folder = make_image_folder(tmp_path / "one", counts)
+    shutil.copy(trained.best, tmp_path / "w1.safetensors")
+    flags = (
+        "--model",
+        "cnn_small",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--output-dir",
+        tmp_path,
+        "--resume",
+    )
+
+    def train(dataset, weights):
+        return call("train", *flags, "--epochs", 1, "--dataset", dataset, "--weights", weights)
+
+    assert train(folder, tmp_path / "w1.safetensors").status == 0
+    assert "it was finished" in train(f"{folder}/", tmp_path / "w1.safetensors").out
+    folder = folder.rename(tmp_path / "two")
+    (tmp_path / "w1.safetensors").rename(tmp_path / "w2.safetensors")
+    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "9.9"})
+    result = train(folder, tmp_path / "w2.safetensors")
+    assert result.status == 0, result.err
+    assert re.search(
+        r"Other versions than when the state was saved: .*torch '[\d.+a-z]+' -> '9.9'", result.out
+    )
+    others = {name: value + 1 for name, value in safetensors.torch.load_file(trained.best).items()}
+    safetensors.torch.save_file(others, tmp_path / "w3.safetensors")
+    assert_refused(train(folder, tmp_path / "w3.safetensors"), "weights file '", "other arguments")
+    for split, name in (("val", "validation"), ("test", "test")):
+        path = folder / split / "a" / "0.png"
+        old = path.read_bytes()
+        shutil.copy(folder / split / "b" / "0.png", path)
+        assert_refused(train(folder, tmp_path / "w2.safetensors"), f"other arguments: {name} images '")
+        path.write_bytes(old)
+
+
+def test_states_beyond_a_hundred_million_steps_are_seen(tmp_path):
+    names = [
+        f"step_{step}_{'0' * 16}.safetensors" for step in ("00000007", "99999999", "100000000", "1200000000")
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    assert [path.name for path in state.list_states(tmp_path)] == names[::-1]
+
+
 # ---- signals and kills, in processes of their own ------------------------------------------------
 
 LONG = (*RUNS["dropout, EMA, clipping"], "--checkpoint-every", 1)
@@ -412,7 +544,7 @@ def test_a_signal_saves_one_state_and_resume_ends_the_same(references, number, s
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
-    assert f"{signal.Signals(number).name}: a state is saved; the same command with --resume goes on" in err
+    assert f"{signal.Signals(number).name}: a state is saved; run the same command with --resume" in err
     assert "Traceback" not in err
     result = call("train", *LONG, "--output-dir", tmp_path, "--resume")
     assert result.status == 0, result.err

@@ -1,5 +1,6 @@
 """The commands as a user runs them: by path, from any folder, under the launcher; and what they refuse."""
 
+import contextlib
 import json
 import os
 import re
@@ -131,11 +132,17 @@ def test_every_accelerate_config_is_one_that_accelerate_reads(config):
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "::1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch, "joined", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(launch.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
     assert_refused(call("train", *TINY), "2 processes were launched, but each sees only 1")
     for script in ("profile", "export_data"):
         assert_refused(call(script), "this script supports only one process")
+    monkeypatch.delenv("RANK")
+    for script in ("profile", "export_data"):
+        assert_refused(call(script), "WORLD_SIZE is 2, but RANK is not set")
+    assert_refused(call("evaluate", "--ckpt", "x"), "WORLD_SIZE is 2, but RANK is not set")
 
 
 def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):

@@ -56,7 +56,7 @@ class Owner:
         """Whether the owner still runs. None: this process cannot tell."""
         if not self.machine or self.machine != _machine():
             return None
-        ticks = _start_ticks(self.pid)
+        ticks = start_ticks(self.pid)
         if not ticks and _is_of_another_user(self.pid):
             return None
         return ticks == self.ticks
@@ -66,12 +66,14 @@ class Lock:
     """A lock on the files that `description` names, such as "run 'cnn' in results".
 
     Each folder that holds such files has a lock file. `advice` says what to do if the lock is taken.
+    With `waits` this process waits for a lock that is taken.
     """
 
-    def __init__(self, paths: list[Path], *, description: str, advice: str):
+    def __init__(self, paths: list[Path], *, description: str, advice: str = "", waits: bool = False):
         self.paths = paths
         self.description = description
         self.advice = advice
+        self.waits = waits
         self.content = b""
         self.taken: list[Path] = []
         self.made_folders: list[Path] = []
@@ -92,7 +94,7 @@ class Lock:
             pid=own_pid,
             started=datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
             machine=_machine(),
-            ticks=_start_ticks(own_pid),
+            ticks=start_ticks(own_pid),
         )
         self.content = json.dumps(dataclasses.asdict(owner)).encode()
         try:
@@ -108,6 +110,7 @@ class Lock:
             threading.Thread(target=self._renew, name="lock", daemon=True).start()
 
     def _take(self, path: Path) -> None:
+        is_said = False
         while not _create(path, self.content):
             found = _read(path)
             if found is None:  # its owner has just released it
@@ -118,6 +121,12 @@ class Lock:
                 is_alive = self._is_renewed(path, holder)
             if is_alive:
                 who = holder or "another process"
+                if self.waits:
+                    if not is_said:
+                        print(f"waiting for {who}, which uses {self.description}", flush=True)
+                    is_said = True
+                    time.sleep(LOOK_SECONDS)
+                    continue
                 raise UserError(f"{self.description} is in use by {who}: {self.advice}")
             if _replace(path, found, self.content):
                 return
@@ -257,7 +266,7 @@ def _machine() -> str:
         return ""
 
 
-def _start_ticks(pid: int) -> str:
+def start_ticks(pid: int) -> str:
     """Return the start of a process in ticks since the boot. "": the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

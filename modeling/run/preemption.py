@@ -10,10 +10,13 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-# Windows has no SIGUSR1.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-# Calls of check() between two questions among the processes on GPUs. Each question waits for the device.
-GPU_CHECK_EVERY = 20
+# submitit sends SIGUSR2, a closed terminal SIGHUP. Windows has fewer signals.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+# Processes on GPUs ask each other every ASK_SECONDS, at most MOST_CALLS calls of check() later. Each question
+# waits for the device.
+ASK_SECONDS = 2.0
+MOST_CALLS = 20
 # On Ctrl-C a process can get SIGINT twice: from the terminal and from the launcher. That counts as one
 # signal.
 SAME_SIGNAL_SECONDS = 0.5
@@ -36,30 +39,57 @@ class Preemption:
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
         self.accelerator, self.save = accelerator, save
-        self.number, self.marked, self.calls = 0, 0.0, 0
+        self.number, self.marked = 0, 0.0
+        self.calls_left, self.calls, self.asked = 1, 0, time.monotonic()
+        self.terminals: list[int] = []
 
     def __enter__(self) -> "Preemption":
-        # Python delivers signals to the main thread only.
-        self.in_main = threading.current_thread() is threading.main_thread()
-        self.previous = (
-            {number: signal.signal(number, self._mark) for number in SIGNALS} if self.in_main else {}
-        )
+        self.previous = {}
+        self.terminals = [number for number in (1, 2) if _is_terminal(number)]
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+            for number in SIGNALS:
+                if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # nohup: the run outlives its terminal
+                self.previous[number] = signal.signal(number, self._mark)
         return self
 
     def _mark(self, number: int, frame) -> None:
         if self.number and time.monotonic() - self.marked > SAME_SIGNAL_SECONDS:
             os._exit(130 if number == signal.SIGINT else 143)
         self.number, self.marked = self.number or number, self.marked or time.monotonic()
+        if number == getattr(signal, "SIGHUP", None):
+            self._leave_terminal()
+
+    def _leave_terminal(self) -> None:
+        """Print into nothing: where a terminal is gone each line is an error, and no state would be saved."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for number in self.terminals:
+            os.dup2(nothing, number)
+        os.close(nothing)
 
     def check(self, *_) -> None:
         """All processes call this equally often. Preempted: one of them got a signal."""
         self.calls += 1
+        self.calls_left -= 1
+        if self.calls_left <= 0 or self.accelerator.device.type == "cpu":
+            self.ask()
+
+    def ask(self) -> None:
+        """Let the processes ask each other now. All of them call this. Preempted: one of them has a mark.
+
+        They agree on the calls until they ask again, from the slowest one's seconds a call.
+        """
         number = self.number
         if self.accelerator.num_processes > 1:
-            if self.accelerator.device.type == "cuda" and self.calls % GPU_CHECK_EVERY:
-                return
-            mark = torch.tensor([number], device=self.accelerator.device)
-            number = int(self.accelerator.gather(mark).max())
+            now = time.monotonic()
+            call_seconds = (now - self.asked) / max(1, self.calls)
+            answers = torch.tensor(
+                [number, call_seconds], dtype=torch.float32, device=self.accelerator.device
+            )
+            highest = self.accelerator.gather(answers[None]).amax(dim=0).tolist()
+            number = int(highest[0])
+            self.calls_left = calls_until_next(highest[1])
+            self.calls, self.asked = 0, now
         if number:
             raise Preempted(number)
 
@@ -76,3 +106,15 @@ class Preemption:
             signal.signal(number, handler)
         if isinstance(error, Preempted):
             raise KeyboardInterrupt if error.number == signal.SIGINT else SystemExit(143)
+
+
+def calls_until_next(call_seconds: float) -> int:
+    """After how many calls the processes ask again, when a call takes so long."""
+    return max(1, min(MOST_CALLS, int(ASK_SECONDS / max(call_seconds, 1e-6))))
+
+
+def _is_terminal(number: int) -> bool:
+    try:
+        return os.isatty(number)
+    except OSError:  # closed
+        return False

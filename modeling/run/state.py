@@ -18,6 +18,7 @@ import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,8 +26,8 @@ from modeling.errors import UserError
 from modeling.files import atomic_write, unique_tensors
 from modeling.models.tensors import add_shared
 from modeling.optim import Ema
-from modeling.run.files import RunFiles
 from modeling.run.header import parse_json, require, validate_state
+from modeling.run.lock import start_ticks
 
 NUM_KEPT = 2  # states that a run keeps
 _KEY = "state"  # the metadata key in a state's file
@@ -36,11 +37,12 @@ _KEY = "state"  # the metadata key in a state's file
 class RunState:
     """The position of a run: `step` updates are done; `num_seen` images of epoch `epoch` (from 0) are used.
 
-    best is the value of --best-metric at the best epoch. log_bytes is the length of metrics.jsonl. seconds is
-    the training time. finished: no step is left, and the last epoch is recorded. test holds the metrics on
-    the test split, or None before the final test.
+    run_id is the same in a run and those that resume it. best is the value of --best-metric at the best
+    epoch. log_bytes is the length of metrics.jsonl. seconds is the training time. finished: no step is left,
+    and the last epoch is recorded. test holds the metrics on the test split, or None before the final test.
     """
 
+    run_id: str = ""
     epoch: int = 0
     step: int = 0
     num_seen: int = 0
@@ -52,12 +54,26 @@ class RunState:
     finished: bool = False
     test: dict[str, float] | None = None
 
+    def described(self, epoch: int, scores: dict[str, float]) -> dict[str, Any]:
+        """What a checkpoint's header says of the moment after epoch `epoch` (from 0)."""
+        return {"run_id": self.run_id, "epoch": epoch + 1, "step": self.step, "metrics": scores}
+
+    def is_best(self, header: dict[str, Any]) -> bool:
+        """Whether a checkpoint's header is that of this run's best epoch."""
+        found = header.get("run_id"), header["epoch"], header["metrics"]
+        return found == (self.run_id, self.best_epoch, self.best_scores)
+
+    def forget_best(self) -> None:
+        """Let the next epoch be the best so far."""
+        self.best, self.best_epoch, self.best_scores = None, 0, {}
+
 
 class States:
     """A run's folder of states, step_{step}_{SHA-256}.safetensors. The newest NUM_KEPT are kept.
 
     Every process calls save and restore; the main process writes. All processes must see the folder.
     `arguments` are the values that must be the same when the run is resumed.
+    A change of `versions`, those of the packages, is only printed.
     """
 
     def __init__(
@@ -69,6 +85,7 @@ class States:
         optimizer: torch.optim.Optimizer,
         ema: Ema | None,
         arguments: dict[str, Any],
+        versions: dict[str, str],
     ):
         self.folder = folder
         self.accelerator = accelerator
@@ -76,12 +93,18 @@ class States:
         self.optimizer = optimizer
         self.ema = ema
         self.arguments = arguments
+        self.versions = versions
         self.restored_digest = 0
-        self.arguments_differ = False
+        self.differing: set[str] = set()  # the names of arguments that --force changed
+
+    def run_id(self) -> str:
+        """The name of a run that begins with these arguments. It is reproducible, as all of a header is."""
+        return _digest(json.dumps(self.arguments, sort_keys=True).encode())
 
     def save(self, run_state: RunState, totals: torch.Tensor) -> None:
         """Write a state. totals (2,) float64: this process's loss sum and correct images in this epoch."""
         all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
+        started_by = launcher(self.accelerator)
         if not self.accelerator.is_main_process:
             return self.accelerator.wait_for_everyone()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -95,9 +118,10 @@ class States:
                 else:
                     plain.setdefault(str(number), {})[name] = value
         header = {
-            "launcher": _launcher(),
+            "launcher": started_by,
             "position": dataclasses.asdict(run_state),
             "arguments": self.arguments,
+            "versions": self.versions,
             "optimizer": plain,
             "ema_updates": self.ema.updates if self.ema else 0,
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -107,7 +131,7 @@ class States:
         with atomic_write(path) as file:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
-        older = [p for p in others if p.name[:13] < path.name[:13]]
+        older = [p for p in others if _step(p) < run_state.step]
         # A state with a later step is broken, or this run resumed from before it: remove it too.
         for old in {*others} - {*older[: NUM_KEPT - 1]}:
             old.unlink()
@@ -125,27 +149,25 @@ class States:
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
             return None
         path, tensors, header = found
-        names = sorted(self.arguments.keys() | header["arguments"].keys())
         saved, wanted = header["arguments"], json.loads(json.dumps(self.arguments))
-        differing = [
-            f"{name} {saved.get(name)!r} -> {wanted.get(name)!r}"
-            for name in names
-            if saved.get(name) != wanted.get(name)
-        ]
-        if differing and not force:
+        changes = _changes(saved, wanted)
+        if changes and not force:
             raise UserError(
-                f"{path.parent} belongs to a run with other arguments: {', '.join(differing)}; "
+                f"{path.parent} belongs to a run with other arguments: {', '.join(changes.values())}; "
                 "give the old ones, or --force"
             )
-        if differing:
-            print(f"Resuming by --force with other arguments: {', '.join(differing)}")
+        if changes:
+            print(f"Resuming by --force with other arguments: {', '.join(changes.values())}")
+        updates = _changes(header["versions"], self.versions)
+        if updates:
+            print(f"Other versions than when the state was saved: {', '.join(updates.values())}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
             raise UserError(
                 f"{path} belongs to another optimizer: {wanted['optimizer']} cannot continue "
                 f"from {saved['optimizer']}"
             )
         self.restored_digest = int(path.stem[-15:], 16)
-        self.arguments_differ = bool(differing)
+        self.differing = set(changes)
         groups: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimizer": {}}
         tensors.setdefault("totals", torch.empty(0))
         for key, value in tensors.items():
@@ -203,107 +225,34 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _launcher() -> str:
-    """Name the program that started this process. torch elastic keeps the name when it restarts processes."""
-    return f"{platform.node()}:{os.getppid()}"
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """{name: "name old -> new"} of the values that differ."""
+    names = sorted(old.keys() | new.keys())
+    return {
+        name: f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    }
 
 
-def restore_or_begin(
-    states: States, run_files: RunFiles, *, resume: bool, force: bool
-) -> tuple[RunState, torch.Tensor]:
-    """Return the run's position, and this process's totals (2,) float64 of the epoch so far.
-
-    With `resume`, or after torch elastic restarted the job, restore the newest state. Otherwise begin a new
-    run, and move an older run's files aside. After a restart without `resume`, take only a state of this very
-    job: if the job died before its first state, the newest one belongs to an older run. UserError: the
-    processes found different states.
-    """
-    accelerator = states.accelerator
-    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    restarts = accelerator.gather(torch.tensor([num_restarts], device=accelerator.device))
-    is_restarted = int(restarts.max()) > 0
-    restored = None
-    if resume or is_restarted:
-        restored = states.restore(force=force, of_launcher=None if resume else _launcher())
-    found = accelerator.gather(torch.tensor([states.restored_digest], device=accelerator.device))
-    if len(found.unique()) > 1:
-        raise UserError(
-            f"the processes found different states in {states.folder}: all machines must share it"
-        )
-
-    if restored:
-        run_state = restored[0]
-        note = " (it was finished)" if run_state.finished and run_state.test else ""
-        print(
-            f"Resuming {run_files.run!r} after step {run_state.step:,}, in epoch {run_state.epoch + 1}{note}",
-            flush=True,
-        )
-    else:
-        if resume or is_restarted:
-            print(
-                f"There is no state of {run_files.run!r} in {states.folder} to resume from: "
-                "starting from the beginning"
-            )
-        if accelerator.is_main_process:
-            _move_older_run_aside(run_files)
-        restored = RunState(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-
-    if accelerator.is_main_process:  # remove the unfinished files of a killed process
-        leftovers = [*states.folder.glob(".step_*.tmp")]
-        leftovers += states.folder.parent.glob(f".{run_files.best.name}.*.tmp")
-        leftovers += states.folder.parent.glob(f".{run_files.final.name}.*.tmp")
-        for leftover in leftovers:
-            leftover.unlink()
-    accelerator.wait_for_everyone()
-    return restored
-
-
-def _move_older_run_aside(run_files: RunFiles) -> None:
-    folder = run_files.move_aside()
-    if folder:
-        can_resume = (folder / run_files.states.relative_to(run_files.output_dir)).exists()
-        advice = " (move them back to --resume it)" if can_resume else ""
-        print(f"The files of an older run {run_files.run!r} are now in {folder}{advice}", flush=True)
-
-
-def apply_forced_arguments(
-    run_state: RunState,
-    totals: torch.Tensor,
-    *,
-    epochs: int,
-    max_steps: int,
-    batch_size: int,
-    num_train_images: int,
-    arguments_differ: bool,
-) -> None:
-    """Adapt a restored state to arguments that --force changed. A finished run that is now longer continues.
-
-    UserError: the run would end before the state, or the state lies inside a batch of the new --batch-size.
-    """
-    if (max_steps and run_state.step > max_steps) or run_state.epoch >= epochs:
-        raise UserError(
-            f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: "
-            "give a larger --epochs or --max-steps"
-        )
-    is_longer = run_state.step < max_steps if max_steps else run_state.epoch + 1 < epochs
-    if run_state.finished and arguments_differ and is_longer:
-        run_state.finished = False
-        run_state.test = None
-        if run_state.num_seen == num_train_images:
-            run_state.epoch += 1
-            run_state.num_seen = 0
-            totals.zero_()
-    if run_state.num_seen % batch_size and run_state.num_seen < num_train_images:
-        raise UserError(
-            f"the state has seen {run_state.num_seen} images of its epoch, "
-            f"not a multiple of --batch-size {batch_size}: give the old --batch-size"
-        )
+def launcher(accelerator: Accelerator) -> str:
+    """Name the program that started the main process. torch elastic keeps it when it restarts processes."""
+    parent = os.getppid()
+    text = [f"{platform.node()}:{parent}:{start_ticks(parent)}"]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(text)
+    return text[0]
 
 
 def list_states(folder: Path) -> list[Path]:
     """The states in a folder, newest first."""
-    paths = [p for p in folder.glob("step_*.safetensors") if re.fullmatch(r"step_\d{8}_[0-9a-f]{16}", p.stem)]
-    return sorted(paths, key=lambda p: (p.name[:13], p.stat().st_mtime_ns), reverse=True)
+    paths = folder.glob("step_*.safetensors")
+    states = [path for path in paths if re.fullmatch(r"step_\d{8,}_[0-9a-f]{16}", path.stem)]
+    return sorted(states, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.split("_")[1])
 
 
 def read_newest(
