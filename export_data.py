@@ -57,7 +57,7 @@ def build_parser() -> cli.Parser:
     outputs = parser.add_argument_group("output")
     outputs.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.folder_or_file,
         default=Path("data"),
         help="the folder to fill, or to verify (default: data)",
     )

@@ -28,7 +28,8 @@ from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression
 from modeling.run import checkpoint, lock, preemption, state
 from modeling.run.files import RunFiles
-from modeling.run.launch import make_accelerator
+from modeling.run.launch import make_accelerator, on_main_process
+from modeling.run.process import process_as_it_was
 from modeling.sanity import sanity_check
 from modeling.settings import Settings
 from modeling.setup import Run, describe, set_up
@@ -48,7 +49,7 @@ def build_parser() -> cli.Parser:
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
     add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
-    add("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
+    add("--output-dir", type=cli.folder_or_file, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
     add("--seed", type=cli.SEED, default=42, help="seed of every random number (default: 42)")
 
@@ -270,7 +271,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     if args.sanity_check:
         return check_sanity(set_up(vars(args), accelerator, files), args.num_batches)
-    cli.check_output_dir(args.output_dir, "checkpoints", "runs")
+    on_main_process(accelerator, files.check_writable)
     with lock.hold_run(accelerator, files) as run_lock:
         return train(args, accelerator, files, run_lock)
 
@@ -287,7 +288,7 @@ def train(
     now = Progression(run, run_lock)
 
     # ---- The loop: a signal only leaves a mark, so that all processes stop after the same step.
-    with preemption.Preemption(accelerator, now.save) as signals:
+    with contextlib.closing(now.tracker), preemption.Preemption(accelerator, now.save) as signals:
         epoch = now.state.epoch
         while not now.state.finished:
             train_one_epoch(run, now, epoch, signals)
@@ -297,7 +298,6 @@ def train(
 
         # ---- Final test: the best epoch is evaluated once, on images that nothing was chosen by.
         test_best_epoch(run, now, signals)
-    now.tracker.close()
     return report(run, now)
 
 
@@ -338,7 +338,9 @@ def train_model(**options: Any) -> dict[str, Any]:
     where the dataset has one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what
     the command would refuse.
     """
-    return run_training(build_parser().parse_options(options))
+    args = build_parser().parse_options(options)
+    with process_as_it_was():
+        return run_training(args)
 
 
 def main(argv: list[str] | None = None) -> int:

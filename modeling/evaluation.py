@@ -27,7 +27,7 @@ def build_parser(description: str = "") -> cli.Parser:
     inputs = parser.add_argument_group("input")
     inputs.add_argument(
         "--ckpt",
-        type=Path,
+        type=cli.folder_or_file,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -57,7 +57,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     outputs.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.folder_or_file,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )

@@ -238,7 +238,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     workload.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.folder_or_file,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )

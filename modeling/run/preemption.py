@@ -16,6 +16,7 @@ SIGNALS = [
 GPU_CHECK_EVERY = (
     20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
 )
+ends_process = False  # whether this is a command, which a second signal ends at once: cli.run sets it
 SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
 
 
@@ -31,7 +32,8 @@ class Preemption:
     """In this block a signal only leaves a mark, which check() turns into Preempted on every process.
 
     On Preempted it calls `save`, which every process enters, and raises KeyboardInterrupt (SIGINT) or
-    SystemExit(143). A second signal ends the process at once.
+    SystemExit(143). A second signal ends a command at once. In a notebook, whose process goes on, it raises
+    the same exceptions at once, and no state is saved.
     """
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
@@ -49,7 +51,9 @@ class Preemption:
 
     def _mark(self, number: int, frame) -> None:
         if self.number and time.monotonic() - self.marked > SAME_SIGNAL_SECONDS:
-            os._exit(130 if number == signal.SIGINT else 143)
+            if ends_process:
+                os._exit(_status(number))
+            raise _exception(number)
         self.number, self.marked = self.number or number, self.marked or time.monotonic()
 
     def check(self, *_) -> None:
@@ -65,15 +69,26 @@ class Preemption:
             raise Preempted(number)
 
     def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if isinstance(error, Preempted):
+                self.save()
+                if self.accelerator.is_main_process:
+                    print(
+                        f"{error}: a state is saved; the same command with --resume goes on from it",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
         if isinstance(error, Preempted):
-            self.save()
-            if self.accelerator.is_main_process:
-                print(
-                    f"{error}: a state is saved; the same command with --resume goes on from it",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if isinstance(error, Preempted):
-            raise KeyboardInterrupt if error.number == signal.SIGINT else SystemExit(143)
+            raise _exception(error.number)
+
+
+def _status(number: int) -> int:
+    """The exit status of a process that a signal has stopped."""
+    return 130 if number == signal.SIGINT else 143
+
+
+def _exception(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(_status(number))
