@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,14 +24,18 @@ import torch
 
 from modeling import cli
 from modeling.data import decoding
-from modeling.data.sources import default_val_fraction, load_source, select_rows
+from modeling.data.sources import Source, default_val_fraction, load_source, select_rows
 from modeling.errors import UserError
-from modeling.files import write_text
+from modeling.files import named_errors, write_text
 from modeling.progress import Progress
 from modeling.run.launch import num_cores, refuse_processes
+from modeling.run.lock import Lock
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
+LOCK = ".export.lock"
+# Files that an export makes for itself. One that is killed leaves them.
+OWN_FILES = re.compile(r"\.export\.lock|\.manifest\.json\.\w+\.tmp|\.\d+\.png\.part|\.+writable-.*")
 RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
@@ -57,7 +62,7 @@ def build_parser() -> cli.Parser:
     outputs = parser.add_argument_group("output")
     outputs.add_argument(
         "--output-dir",
-        type=cli.folder_or_file,
+        type=cli.path,
         default=Path("data"),
         help="the folder to fill, or to verify (default: data)",
     )
@@ -79,7 +84,7 @@ def build_parser() -> cli.Parser:
 def class_folder(name: str) -> str:
     """Return a class's folder name. Characters that paths or patterns cannot hold are percent-encoded.
 
-    A leading dot, underscore or space is encoded too. Example: "a/b" gives "a%2Fb".
+    A leading dot, underscore or space is encoded too. Examples: "a/b" gives "a%2Fb", "" gives "%".
     """
     encoded = ""
     for character in name:
@@ -87,7 +92,7 @@ def class_folder(name: str) -> str:
         encoded += quote(character, safe="") if is_reserved else character
     if encoded.startswith((".", "_", " ")):
         return f"%{ord(encoded[0]):02X}{encoded[1:]}"
-    return encoded
+    return encoded or "%"
 
 
 def export_to_imagefolder(
@@ -103,7 +108,7 @@ def export_to_imagefolder(
     Files that exist with the right content are not written again, so a second call finishes a stopped one.
     UserError: the folder holds something else, or an image cannot be decoded.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     source = load_source(dataset)
     val_fraction = val_fraction or default_val_fraction(dataset)
     folders = {name: class_folder(name) for name in source.classes}
@@ -121,9 +126,26 @@ def export_to_imagefolder(
     parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
     _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
+    advice = "wait for it to end, or choose another --output-dir"
+    with Lock([output_dir / LOCK], description=f"the export to {output_dir}", advice=advice):
+        return _export(source, parts, output_dir, settings, num_workers)
+
+
+def _export(
+    source: Source,
+    parts: dict[str, tuple[str, torch.Tensor]],
+    output_dir: Path,
+    settings: dict[str, Any],
+    num_workers: int,
+) -> dict[str, Any]:
+    """Write the files of `parts` (split -> its split in the source, and the rows), then the manifest."""
+    for path in [*output_dir.glob(".*"), *output_dir.glob("*/*/.*")]:
+        if OWN_FILES.fullmatch(path.name) and path.name != LOCK:
+            path.unlink()  # a killed export has left it
     # A manifest that is not complete marks a folder whose export was stopped.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
+    folders = settings["classes"]
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
     num_images = sum(len(rows) for _, rows in parts.values())
@@ -154,7 +176,7 @@ def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     """UserError: the folder is neither empty nor an export with these settings."""
     if not output_dir.exists():
         return
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
+    if output_dir.is_dir() and all(OWN_FILES.fullmatch(path.name) for path in output_dir.iterdir()):
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
@@ -170,7 +192,8 @@ def _write_if_different(path: Path, content: bytes) -> str:
     if not path.is_file() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_bytes(content)
+        with named_errors(path):
+            part.write_bytes(content)
         os.replace(part, path)
     return hashlib.sha256(content).hexdigest()
 
@@ -185,12 +208,17 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is broken ({error}): remove it and export again into an empty folder"
         ) from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest of an export")
+    is_ours = isinstance(manifest, dict) and (
+        not manifest.get("complete") or isinstance(manifest.get("files"), dict)
+    )
+    if not is_ours:
+        raise UserError(
+            f"{path} is not a manifest of an export: remove it and export again into an empty folder"
+        )
     return manifest
 
 
@@ -201,7 +229,7 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
 
     UserError: no manifest, or an export that was not finished.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     manifest = read_manifest(output_dir)
     if not manifest.get("complete"):
         raise UserError(
@@ -221,9 +249,9 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    """Return the relative paths of all files in the folder but the manifest."""
-    paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
-    names = {path.relative_to(output_dir).as_posix() for path in paths}
+    """Return the relative paths of all files in the folder but the manifest and what an export leaves."""
+    paths = [path for path in output_dir.rglob("*") if not OWN_FILES.fullmatch(path.name)]
+    names = {path.relative_to(output_dir).as_posix() for path in paths if not path.is_dir()}
     return names - {MANIFEST}
 
 

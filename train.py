@@ -18,17 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from modeling import cli, models, randomness
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
 from modeling.data.sources import stratified
-from modeling.engine import NOT_FINITE_HELP, evaluate_model, train_step
+from modeling.engine import evaluate_model, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression
 from modeling.run import checkpoint, lock, preemption, state
 from modeling.run.files import RunFiles
-from modeling.run.launch import make_accelerator, on_main_process
+from modeling.run.launch import Accelerator, make_accelerator, on_main_process
 from modeling.run.process import process_as_it_was
 from modeling.sanity import sanity_check
 from modeling.settings import Settings
@@ -49,7 +47,7 @@ def build_parser() -> cli.Parser:
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
     add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
-    add("--output-dir", type=cli.folder_or_file, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
+    add("--output-dir", type=cli.path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
     add("--seed", type=cli.SEED, default=42, help="seed of every random number (default: 42)")
 
@@ -58,7 +56,7 @@ def build_parser() -> cli.Parser:
     add("--max-steps", type=cli.POSITIVE_INT, help="train for this many updates, whatever --epochs says")
     add("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
     add("--weight-decay", type=cli.NON_NEGATIVE, help="as the optimizer takes it")
-    add("--warmup-epochs", type=cli.NON_NEGATIVE, help="epochs of linear warm-up of the learning rate")
+    add("--warmup-epochs", type=cli.EPOCHS, help="epochs of linear warm-up of the learning rate")
     add("--augment", choices=AUGMENT_SETS, help="random changes of each training image")
     add("--label-smoothing", type=cli.SHARE, help="share of the target that is spread over all classes")
     add("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="mix pairs, weight from Beta(ALPHA, ALPHA)")
@@ -192,11 +190,8 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
             accelerator=run.accelerator,
             progress=signals.check,
             features=now.features_of("validation"),
+            split="validation",
         )
-        if not math.isfinite(scores["loss"]):
-            raise FloatingPointError(
-                f"the validation loss was not finite after step {current.step}: {NOT_FINITE_HELP}"
-            )
         is_best, is_last = judge_epoch(settings, current, epoch, scores)
         header = run.header | {"epoch": epoch + 1, "step": current.step, "metrics": scores}
         clock = {"train_seconds": time.monotonic() - now.started}
@@ -257,6 +252,7 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
             accelerator=run.accelerator,
             progress=signals.check,
             features=now.features_of("test"),
+            split="test",
         )
         scores = {f"test_{name}": value for name, value in now.state.test.items()}
         now.tracker.record("test", step=now.state.step, best_epoch=now.state.best_epoch, **scores)
@@ -329,6 +325,7 @@ def report(run: Run, now: Progression) -> dict[str, Any]:
     return result
 
 
+@process_as_it_was()
 def train_model(**options: Any) -> dict[str, Any]:
     """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2).
 
@@ -338,9 +335,7 @@ def train_model(**options: Any) -> dict[str, Any]:
     where the dataset has one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what
     the command would refuse.
     """
-    args = build_parser().parse_options(options)
-    with process_as_it_was():
-        return run_training(args)
+    return run_training(build_parser().parse_options(options))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,4 +29,9 @@ sanity            can the model overfit a few batches?
 cli, progress     argument types, exit status, progress bars
 hub, files        downloads from the Hugging Face hub; atomic writes and safetensors
 errors, shadow    UserError; how `import evaluate` and `import profile` find the real modules
+environment       variables that libraries read when they are imported
 """
+
+from modeling.environment import drop_bad_timeouts
+
+drop_bad_timeouts()

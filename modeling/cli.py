@@ -80,6 +80,7 @@ POSITIVE_INT = number(int, low=1, high=2**31 - 1)
 NUM_WORKERS = number(int, low=0, high=1024)
 POSITIVE = number(low=0, open_low=True)
 NON_NEGATIVE = number(low=0)
+EPOCHS = number(low=0, high=1e6)
 SEED = number(int, low=0, high=2**31 - 1)
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
 SHARE = number(low=0, high=1, open_high=True)
@@ -113,7 +114,7 @@ def add_hardware_group(parser: Parser) -> None:
     )
 
 
-def folder_or_file(text: str) -> Path:
+def path(text: str) -> Path:
     """An argparse type: a path, in which ~ is the home folder."""
     try:
         return Path(text).expanduser()
@@ -147,7 +148,7 @@ def open_streams() -> None:
 def error_text(error: BaseException) -> str:
     """One line for an error. An OSError without a file is said with the place in the program."""
     if not isinstance(error, OSError):
-        return " ".join(str(error).split())
+        return str(error)
     if error.filename:
         return f"{error.strerror}: {error.filename}"
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -173,7 +174,7 @@ def run(main: Callable[[], int | None]) -> int:
         if not is_main_process():
             # The main process most likely has the same error, reports it, and the launcher ends this process.
             time.sleep(SAME_ERROR_SECONDS)
-        print(f"{program}: error: {error_text(error)}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(error_text(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
         preemption.ends_process = False

@@ -286,8 +286,12 @@ def evaluate_model(
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
     features: torch.Tensor | None = None,
+    split: str = "evaluation",
 ) -> dict[str, float]:
-    """Return the metrics of metrics.NAMES of a model on images. The arguments are those of predict."""
+    """Return the metrics of metrics.NAMES of a model on images. The arguments are those of predict.
+
+    FloatingPointError, which names `split`, on every process: the loss of an image is not finite.
+    """
     predictions = predict(
         model,
         images,
@@ -297,4 +301,6 @@ def evaluate_model(
         progress=progress,
         features=features,
     )
+    if not predictions.losses.isfinite().all():
+        raise FloatingPointError(f"the {split} loss was not finite: {NOT_FINITE_HELP}")
     return metrics.compute(predictions)

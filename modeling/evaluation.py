@@ -27,7 +27,7 @@ def build_parser(description: str = "") -> cli.Parser:
     inputs = parser.add_argument_group("input")
     inputs.add_argument(
         "--ckpt",
-        type=cli.folder_or_file,
+        type=cli.path,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -57,7 +57,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     outputs.add_argument(
         "--output-dir",
-        type=cli.folder_or_file,
+        type=cli.path,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )

@@ -1,7 +1,10 @@
 """Time and trace the training step that train.py runs. profile.py runs `main`."""
 
+import errno
+import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +29,7 @@ from modeling.models import count_parameters, file_name
 from modeling.optim import build_optimizer
 from modeling.progress import Progress
 from modeling.run.launch import make_accelerator, precision_text, refuse_processes
+from modeling.run.process import process_as_it_was
 
 WARMUP_STEPS = 3
 TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
@@ -59,6 +63,7 @@ def full_steps(
         epoch += 1
 
 
+@process_as_it_was()
 def profile_model(
     name: str,
     model: nn.Module,
@@ -168,8 +173,7 @@ def _trace(
         else _resident_bytes(model, optimizer) + _peak_of_trace(profiler)
     )
     if folder:
-        with atomic_write(folder / f"profiler_trace_{name}.json") as file:
-            profiler.export_chrome_trace(file.name)
+        _write_trace(profiler, folder / f"profiler_trace_{name}.json")
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         operators = profiler.key_averages().table(sort_by=order, row_limit=40)
         write_text(
@@ -177,6 +181,20 @@ def _trace(
             f"{name}: operators of {TRACED_STEPS} training steps\n\n{operators}\n",
         )
     return peak
+
+
+def _write_trace(profiler: profile, path: Path) -> None:
+    """Write the Chrome trace. OSError: the profiler, which does not say so, could not write all of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(whole))
+        content = whole.read_bytes() if whole.exists() else b""
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise OSError(errno.ENOSPC, "the profiler's trace is not whole: is the disk full?", folder) from error
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
@@ -238,7 +256,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     workload.add_argument(
         "--output-dir",
-        type=cli.folder_or_file,
+        type=cli.path,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )

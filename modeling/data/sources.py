@@ -2,6 +2,7 @@
 
 import errno
 import glob
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Known:
 
 
 DEFAULT_VAL_FRACTION = 0.1
+# What the system says of a folder that is full, read-only, or on a file system without locks.
+CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOLCK)
 
 KNOWN = (
     Known(
@@ -178,8 +181,14 @@ def _load(name: str, loader, folder: Path) -> datasets.DatasetDict:
     try:
         return loader(str(folder))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
+        cause: BaseException | None = error
+        while cause:
+            if isinstance(cause, OSError) and cause.errno in CACHE_ERRORS:
+                raise UserError(
+                    f"the cache of datasets in {datasets.config.HF_DATASETS_CACHE} cannot be written: "
+                    f"{os.strerror(cause.errno)}; make room there, or set HF_DATASETS_CACHE to another folder"
+                ) from error
+            cause = cause.__cause__ or cause.__context__
         detail = f"{error.__cause__ or error or type(error).__name__}".strip().split("\n")[0]
         raise UserError(
             f"no dataset could be read from {name}: {detail}; it needs one folder per class, or parquet files"

@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+
+from modeling.files import named_errors
+from modeling.run.events import Events
 
 # A histogram of a larger tensor takes every n-th value: 51 million values take seconds and look the same.
 HISTOGRAM_SAMPLE = 100_000
@@ -23,7 +25,7 @@ class Tracker:
         self.enabled = enabled
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            self.writer = SummaryWriter(folder, purge_step=first_step)
+            self.writer = Events(folder, first_step=first_step)
             self.lines = (folder / "metrics.jsonl").open("ab")
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
@@ -31,8 +33,9 @@ class Tracker:
         """Write a line of metrics.jsonl, and a TensorBoard scalar a value: train_loss is loss/train."""
         if not self.enabled:
             return
-        self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-        self.lines.flush()
+        with named_errors(Path(self.lines.name)):
+            self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self.lines.flush()
         for name, value in values.items():
             split, _, metric = name.partition("_")
             tag = f"{metric}/{split}" if split in ("train", "validation", "test") else name
@@ -59,8 +62,9 @@ class Tracker:
         if not self.enabled:
             return 0
         self.writer.flush()
-        self.lines.flush()
-        os.fsync(self.lines.fileno())
+        with named_errors(Path(self.lines.name)):
+            self.lines.flush()
+            os.fsync(self.lines.fileno())
         return self.lines.tell()
 
     def close(self) -> None:
