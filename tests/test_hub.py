@@ -356,6 +356,37 @@ def test_a_hub_that_fails_serves_what_is_cached(hub, home):
         assert len(load_source("stl10").splits["train"]) == 12
 
 
+def test_a_silent_hub_is_left_alone_for_one_command_and_asked_by_the_next(hub, home, monkeypatch):
+    for quiet in (5, 0):  # 0: the second request without an answer is one too many
+        assert len(load_source("stl10").splits["train"]) == 12
+        monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", quiet)
+        hub.fail(".", "stall" if quiet == 0 else "500")
+        with modeling.hub.one_command():
+            asked = []
+            for _ in range(2):
+                load_source("stl10")  # from the cache
+                asked.append(len(hub.asked))
+            assert (asked[0] == asked[1]) == modeling.hub._gave_up == (quiet == 0)
+            assert not constants.HF_HUB_OFFLINE
+        hub.failures.clear()
+        monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", 5)
+        load_source("stl10")
+        assert len(hub.asked) > asked[1]
+
+
+def test_the_quiet_clock_starts_at_a_request(hub, home, monkeypatch):
+    """A process waits for the lock of another one that downloads, for longer than a hub may be silent."""
+    real = modeling.hub.WeakFileLock
+
+    def slow_lock(path):
+        time.sleep(1.2)
+        return real(path)
+
+    monkeypatch.setattr(modeling.hub, "WeakFileLock", slow_lock)
+    monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", 1)
+    assert len(load_source("stl10").splits["train"]) == 12
+
+
 def test_a_slow_hub_is_not_a_dead_one(hub, home):
     """More files than are fetched at once. Each takes over 5 seconds, the silence that ends a download."""
     names = [f"data/{n}.bin" for n in range(10)]
@@ -365,8 +396,10 @@ def test_a_slow_hub_is_not_a_dead_one(hub, home):
     assert all((folder / name).stat().st_size == 7 << 16 for name in names)
 
 
-@pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git"])
-def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, name):
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git", "my--data", "n" * 120])
+def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, monkeypatch, name, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert_refused(call("train", "--dataset", name), f"dataset '{name}' is no name of the hub")
     assert_refused(
         call("train", "--model", "vit", "--weights", f"hf-hub:{name}"),

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -106,3 +107,17 @@ def test_bad_input(tmp_path):
         call("profile", "--models", "cnn", "--batch-size", 5000, "--output-dir", tmp_path),
         "--batch-size 5000",
     )
+
+
+@pytest.mark.parametrize("written", [None, "", '{"traceEvents": ['])
+def test_a_trace_that_is_not_whole_is_an_error_and_leaves_nothing(written, tmp_path):
+    """As on a full disk, of which the profiler says nothing."""
+
+    class Profiler:
+        def export_chrome_trace(self, path):
+            if written is not None:
+                Path(path).write_text(written)
+
+    with pytest.raises(OSError, match="not whole: is the disk full"):
+        profiling._write_trace(Profiler(), tmp_path / "trace.json")
+    assert not list(tmp_path.iterdir())

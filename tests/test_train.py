@@ -343,6 +343,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(t
     assert not (tmp_path / "checkpoints" / "cnn_small_final.safetensors").exists()
 
 
+def test_a_validation_or_test_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch):
+    flags = ("--lr", "1e36", "--limit-train", 32, "--epochs", 1, "--output-dir", tmp_path)
+    result = call("train", *TINY, *flags)
+    assert_refused(result, "the validation loss was not finite: use a lower --lr", statuses=(1,))
+
+    def broken(path):
+        model, header = checkpoint.load_model(path)
+        return model.requires_grad_(False).apply(
+            lambda part: [p.fill_(math.nan) for p in part.parameters()]
+        ), header
+
+    monkeypatch.setattr(
+        scripts.train, "checkpoint", SimpleNamespace(**vars(checkpoint) | {"load_model": broken})
+    )
+    result = call("train", *TINY, "--max-steps", 1, "--output-dir", tmp_path)
+    assert_refused(result, "the test loss was not finite: use a lower --lr", statuses=(1,))
+
+
 def test_a_second_run_moves_the_first_aside(trained, tmp_path):
     shutil.copytree(trained.folder, tmp_path / "out")
     second = run(tmp_path / "out", "--max-steps", 1)
