@@ -150,7 +150,8 @@ def test_a_folder_that_holds_something_else_is_left_alone(exported, source_folde
     assert_refused(call("export_data", "--val-fraction", "1.5"), "--val-fraction")
 
 
-def test_what_a_killed_export_leaves_of_its_own_is_no_obstacle(exported, source_folder):
+def test_what_a_killed_export_leaves_of_its_own_is_no_obstacle(exported, source_folder, monkeypatch):
+    monkeypatch.setattr("modeling.run.lock.WATCH_SECONDS", 0.2)
     arguments = ("--dataset", source_folder, "--output-dir", exported, "--val-fraction", 0.2)
     before = tree(exported)
     for name in (".manifest.json.0a1b2c3d.tmp", "val/cat's/.000001.png.part", ".export.lock"):

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, on every file system; what cannot be written is known at the start."""
+"""Files are written whole or not at all, on any file system. What cannot be written is known at the start."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""A notebook is at home in its process: what a run changes there is put back, and interrupts do not end it."""
+"""In a notebook a run puts back what it changes in the process, and interrupts do not end that."""
 
 import os
 import random
@@ -35,7 +35,7 @@ def process_state() -> dict:
         "TF32": torch.backends.cuda.matmul.allow_tf32,
         "cuDNN": torch.backends.cudnn.benchmark,
         "torch's generator": torch.get_rng_state().tolist(),
-        "numpy's generator": np.random.get_state()[1].tolist(),
+        "numpy's generator": np.random.get_state()[1].tolist(),  # noqa: NPY002
         "Python's generator": random.getstate(),
         "handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "thread errors": threading.excepthook,

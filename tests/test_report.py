@@ -168,10 +168,9 @@ ROW = ",".join("1" for _ in report.CSV_COLUMNS)
         f"{HEADER}\n{'x' * 200_000}\n".encode(),
         f"{HEADER}\n{ROW},1\n".encode(),
         f"{HEADER}\n1,2\n".encode(),
-        f"{HEADER}\n{ROW}\x00\n".encode()[:-1] + b'"',
         b"",
     ],
-    ids=["bytes", "latin-1", "a long field", "a column more", "columns less", "a quote", "empty"],
+    ids=["bytes", "latin-1", "a long field", "a column more", "columns less", "empty"],
 )
 def test_a_file_in_the_place_of_metrics_csv_is_refused(content, tmp_path):
     path = tmp_path / "metrics.csv"

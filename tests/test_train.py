@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, call, make_image_folder, scripts
+from conftest import TINY, assert_refused, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling import setup
@@ -348,15 +348,14 @@ def test_a_validation_or_test_loss_that_is_not_finite_is_one_line(tmp_path, monk
     result = call("train", *TINY, *flags)
     assert_refused(result, "the validation loss was not finite: use a lower --lr", statuses=(1,))
 
-    def broken(path):
-        model, header = checkpoint.load_model(path)
-        return model.requires_grad_(False).apply(
-            lambda part: [p.fill_(math.nan) for p in part.parameters()]
-        ), header
+    load_model = checkpoint.load_model
 
-    monkeypatch.setattr(
-        scripts.train, "checkpoint", SimpleNamespace(**vars(checkpoint) | {"load_model": broken})
-    )
+    def broken(path):
+        model, header = load_model(path)
+        torch.nn.utils.vector_to_parameters(torch.full((545_098,), math.nan), model.parameters())
+        return model, header
+
+    monkeypatch.setattr(checkpoint, "load_model", broken)
     result = call("train", *TINY, "--max-steps", 1, "--output-dir", tmp_path)
     assert_refused(result, "the test loss was not finite: use a lower --lr", statuses=(1,))
 
