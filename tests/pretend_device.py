@@ -4,10 +4,12 @@ torch calls the device "meta". Each operation runs on the real data. Operations 
 real GPU are recorded.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("meta")
 aten = torch.ops.aten
@@ -69,25 +71,22 @@ class PretendDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+        tensors: list[torch.Tensor] = []
+        real_args, real_kwargs = _replace(args, tensors, _held), _replace(kwargs, tensors, _held)
         on_device = [x for x in tensors if isinstance(x, PretendTensor)]
-        to_device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else None
-        is_move = function in (aten._to_copy.default, aten.copy_.default)
-        if on_device and not is_move and any(x.dim() for x in tensors if not isinstance(x, PretendTensor)):
-            raise RuntimeError(f"{function} mixes tensors of the device and of the CPU")
+        to_device = kwargs.get("device")
         if on_device:
+            is_move = function in (aten._to_copy.default, aten.copy_.default)
+            if not is_move and any(x.dim() and not isinstance(x, PretendTensor) for x in tensors):
+                raise RuntimeError(f"{function} mixes tensors of the device and of the CPU")
             self._record_wait(function, args, to_device)
         if to_device == DEVICE:
-            kwargs["device"] = torch.device("cpu")
-        real = tree_map(lambda x: x.held if isinstance(x, PretendTensor) else x, (args, kwargs))
-        result = function(*real[0], **real[1])
-        stays = to_device == DEVICE or (on_device and to_device is None)
+            real_kwargs["device"] = torch.device("cpu")
+        result = function(*real_args, **real_kwargs)
+        if to_device != DEVICE and (to_device or not on_device):
+            return result
         known = {id(x.held): x for x in on_device}  # an operation in place returns its argument
-
-        def wrap(x):
-            return (known[id(x)] if id(x) in known else PretendTensor(x)) if isinstance(x, torch.Tensor) and stays else x
-
-        return tree_map(wrap, result)
+        return _replace(result, [], lambda x: known[id(x)] if id(x) in known else PretendTensor(x))
 
     def _record_wait(self, function, args, to_device) -> None:
         name = function.overloadpacket
@@ -97,3 +96,19 @@ class PretendDevice(TorchDispatchMode):
             self.waits.append(str(name))
         if name is aten.index and any(x is not None and x.dtype == torch.bool for x in args[1]):
             self.waits.append(str(name))
+
+
+def _held(x: torch.Tensor) -> torch.Tensor:
+    return x.held if isinstance(x, PretendTensor) else x
+
+
+def _replace(value: Any, found: list[torch.Tensor], function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply `function` to the tensors in nested lists, tuples and dictionaries, and list them in `found`."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_replace(item, found, function) for item in value])
+    if isinstance(value, dict):
+        return {key: _replace(item, found, function) for key, item in value.items()}
+    return value
