@@ -60,7 +60,9 @@ def build(name: str, accelerator) -> nn.Module:
     return models.build_model(name, num_classes=10, image_size=32, **args).to(accelerator.device)
 
 
-def train(accelerator, model, optimizer, *, ema=None, augment="none", mixup=0.2, device=None, first=0, steps=2):
+def train(
+    accelerator, model, optimizer, *, ema=None, augment="none", mixup=0.2, device=None, first=0, steps=2
+):
     """Train some steps. Return the sums of each step, on the CPU."""
     settings = StepSettings(
         PREPROCESSING, augment=augment, mixup=mixup, cutmix=mixup, clip_grad=1.0, label_smoothing=0.1
@@ -96,7 +98,12 @@ def test_the_device_refuses_what_a_gpu_refuses_and_sees_who_waits():
         y[0, 0] += 5
         assert device.waits == ["aten._to_copy"]
         assert y.cpu().tolist() == [[6, 3], [5, 7]]
-        for wait in (lambda: x.sum().item(), lambda: bool(x.sum() > 1), lambda: x.nonzero(), lambda: x[x > 1]):
+        for wait in (
+            lambda: x.sum().item(),
+            lambda: bool(x.sum() > 1),
+            lambda: x.nonzero(),
+            lambda: x[x > 1],
+        ):
             count = len(device.waits)
             wait()
             assert len(device.waits) > count
@@ -141,11 +148,10 @@ def test_predictions_wait_once_at_their_end():
         assert type(predictions.logits) is torch.Tensor
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adam"])
-def test_a_state_of_the_device_is_saved_and_resumed_on_it(name, tmp_path):
-    def parts(accelerator=GPU):
-        model = build("cnn_small", accelerator)
-        optimizer = getattr(torch.optim, name)(model.parameters())
+def test_a_state_of_the_device_is_saved_and_resumed_on_it(tmp_path):
+    def parts():
+        model = build("cnn_small", GPU)
+        optimizer = torch.optim.Adam(model.parameters())
         ema = Ema(model, 0.9)
         states = States(
             tmp_path, accelerator=GPU, model=model, optimizer=optimizer, ema=ema, arguments={"optimizer": "x"}
