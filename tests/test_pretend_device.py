@@ -65,9 +65,9 @@ def train(
 ):
     """Train some steps. Return the sums of each step, on the CPU."""
     settings = StepSettings(
-        PREPROCESSING, augment=augment, mixup=mixup, cutmix=mixup, clip_grad=1.0, label_smoothing=0.1
+        PREPROCESSING, augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0, label_smoothing=0.1
     )
-    batches = list(training_steps(images(), seed=0, epoch=0, batch_size=8, accumulation=2, mix=mixup > 0))
+    batches = list(training_steps(images(), seed=0, epoch=0, batch_size=8, accumulation=2, mix=True))
     guard, totals = NonFiniteGuard(accelerator), []
     for step in range(first, first + steps):
         where = dict(epoch=0, step=step, lr=0.01, num_images=8)
