@@ -12,6 +12,7 @@ with --resume) ends as if nothing had happened, once the fault is gone.
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,24 +33,8 @@ TRAIN = f"{MODEL} --limit-train 96 --limit-eval 40 --epochs 6 --ema 0.9"
 LONG = f"{MODEL} --epochs 4 --checkpoint-every 5"
 EXPORT = "export_data.py --dataset digits --num-workers 0"
 PROFILE = "profile.py --models cnn_small --num-steps 3 --num-threads 1"
-FAULTS: list[tuple[str, Callable[[], str]]] = []
-
-
-class NotHereError(Exception):
-    """This machine does not let us inject the fault."""
-
-
-def fault(name: str, *arguments):
-    """Put a function into the table, with its arguments. It returns the outcome, or fails an assertion."""
-
-    def add(function):
-        FAULTS.append((name, lambda: function(*arguments)))
-        return function
-
-    return add
-
-
-# ---- Commands --------------------------------------------------------------------------------------------
+REFERENCES: dict[str, Path] = {}  # a command -> the folder of its run without a fault
+PLACE = Path(tempfile.mkdtemp())
 
 
 def begin(command: str, folder: Path, *, processes: int = 1, **options) -> subprocess.Popen:
@@ -88,8 +73,8 @@ def one_line(result: SimpleNamespace, folder: Path, *words: str) -> str:
     return f"exit {result.status}, {lines[0].partition('error: ')[2].replace(str(folder), 'OUT')[:90]}"
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
@@ -99,14 +84,10 @@ def has_state(folder: Path) -> bool:
     return any((folder / "checkpoints" / "cnn_small_state").glob("step_*.safetensors"))
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 @contextlib.contextmanager
 def disk(options: str) -> Iterator[Path]:
     """A small disk with these mount options."""
-    folder = Path(tempfile.mkdtemp(dir=PLACE.name))
+    folder = Path(tempfile.mkdtemp(dir=PLACE))
     mount(options, folder)
     try:
         yield folder
@@ -115,13 +96,12 @@ def disk(options: str) -> Iterator[Path]:
 
 
 def mount(options: str, folder: Path) -> None:
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
-    if made.returncode:
-        raise NotHereError("mounting a tmpfs needs root")
+    argv = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    subprocess.run(argv, check=True, capture_output=True)
 
 
 def new_folder() -> Path:
-    return Path(tempfile.mkdtemp(dir=PLACE.name)) / "out"
+    return Path(tempfile.mkdtemp(dir=PLACE)) / "out"
 
 
 def same_as(command: str, folder: Path) -> str:
@@ -135,169 +115,131 @@ def same_as(command: str, folder: Path) -> str:
     return "resumed: equal"
 
 
-# ---- The table -------------------------------------------------------------------------------------------
-
-for size in ("64k", "1m", "4m", "9m", "12m"):
-
-    @fault(f"disk of {size} is full while train.py writes", size)
-    def _(size: str) -> str:
-        with disk(f"size={size}") as folder:
-            text = one_line(run(TRAIN, folder / "out"), folder / "out", str(folder))
-            mount("remount,size=100m", folder)
-            return f"{text}; {same_as(TRAIN, folder / 'out')}"
-
-
-for name, size in (("runs", "64k"), ("runs", "16k"), ("checkpoints", "3m")):
-
-    @fault(f"disk of {size} under {name}/ is full while train.py writes", name, size)
-    def _(name: str, size: str) -> str:
-        folder = new_folder()
-        with disk(f"size={size}") as small:
+def full_disk(command: str, size: str, link: str = "") -> str:
+    """A disk is full: the whole output folder's, or that of a folder `link` in it. Then it gets room."""
+    with disk(f"size={size}") as small:
+        folder = small / "out"
+        if link:
+            folder = new_folder()
             folder.mkdir()
-            (folder / name).symlink_to(small)
-            result = run(TRAIN, folder)
-            text = one_line(result, folder, str(folder)) if result.status else "exit 0"
-            mount("remount,size=100m", small)
-            return f"{text}; {same_as(TRAIN, folder)}"
+            (folder / link).symlink_to(small)
+        text = one_line(run(command, folder), folder, str(small if not link else folder))
+        empty = [path.name for path in small.rglob("*.json") if not path.stat().st_size]
+        assert not empty, f"empty: {empty}"
+        mount("remount,size=100m", small)
+        if command == TRAIN:
+            return f"{text}; {same_as(command, folder)}"
+        succeeds(command, folder)
+        return f"{text}; again: exit 0"
 
 
-for command, size in ((EXPORT, "200k"), (PROFILE, "16k"), (PROFILE, "200k")):
-
-    @fault(f"disk of {size} is full while {command.split()[0]} writes", command, size)
-    def _(command: str, size: str) -> str:
-        with disk(f"size={size}") as folder:
-            text = one_line(run(command, folder / "out"), folder / "out", str(folder))
-            empty = [path.name for path in folder.rglob("*") if path.is_file() and not path.stat().st_size]
-            assert not empty, f"empty: {empty}"
-            mount("remount,size=100m", folder)
-            succeeds(command, folder / "out")
-            return f"{text}; again: whole"
+def small_files() -> str:
+    folder, limits = new_folder(), (10**6, resource.RLIM_INFINITY)
+    result = run(TRAIN, folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    return f"{one_line(result, folder, 'File too large', str(folder))}; {same_as(TRAIN, folder)}"
 
 
-@fault("files may have 1 MB (RLIMIT_FSIZE), train.py")
-def _() -> str:
+def read_only(command: str) -> str:
+    with disk("ro") as folder:
+        result = run(command, folder / "out")
+        assert result.status == 2, result.status
+        return one_line(result, folder, str(folder))
+
+
+def other_disk(link: str) -> str:
     folder = new_folder()
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.RLIM_INFINITY))  # noqa: E731
-    text = one_line(run(TRAIN, folder, preexec_fn=limit), folder, "File too large", str(folder))
-    return f"{text}; {same_as(TRAIN, folder)}"
+    with disk("size=100m") as other:
+        folder.mkdir()
+        (folder / link).symlink_to(other)
+        succeeds(TRAIN, folder)
+        assert "The files of an older run" in succeeds(TRAIN, folder).out
+        return f"exit 0 both times; {same_as(TRAIN, folder)}"
 
 
-for command in (TRAIN, EXPORT, PROFILE):
-
-    @fault(f"read-only disk, {command.split()[0]}", command)
-    def _(command: str) -> str:
-        with disk("ro") as folder:
-            result = run(command, folder / "out")
-            assert result.status == 2, result.status
-            return one_line(result, folder, str(folder))
-
-
-for name in ("checkpoints", "runs"):
-
-    @fault(f"another disk under {name}/, train.py twice", name)
-    def _(name: str) -> str:
-        folder = new_folder()
-        with disk("size=100m") as other:
-            folder.mkdir()
-            (folder / name).symlink_to(other)
-            succeeds(TRAIN, folder)
-            second = succeeds(TRAIN, folder)
-            assert "The files of an older run" in second.out, second.out
-            return f"exit 0, exit 0; {same_as(TRAIN, folder)}"
-
-
-for seconds in (0.0, 0.2, 0.5):
-
-    @fault(f"train.py is killed {seconds} s after a state", seconds)
-    def _(seconds: float) -> str:
-        folder = new_folder()
-        job = begin(LONG, folder)
-        wait_for(lambda: has_state(folder))
-        time.sleep(seconds)
-        job.kill()
-        finish(job)
-        return same_as(LONG, folder)
-
-
-@fault("export_data.py is killed")
-def _() -> str:
+def killed(command: str, seconds: float) -> str:
+    """SIGKILL so many seconds after the first state, or the first image."""
     folder = new_folder()
-    job = begin(EXPORT, folder)
-    wait_for(lambda: len([*folder.glob("train/*/*.png")]) > 100)
+    job = begin(command, folder)
+    wait_for(lambda: has_state(folder) or [*folder.glob("train/*/*.png")])
+    time.sleep(seconds)
     job.kill()
     finish(job)
+    if command == LONG:
+        return same_as(command, folder)
     succeeds(EXPORT, folder)
     succeeds(f"{EXPORT} --verify", folder)
     return "again: whole"
 
 
-@fault("a rank is killed, of two")
-def _() -> str:
+def rank_of_two(stop: bool) -> str:
+    """One rank is stopped for 5 seconds, or killed."""
     folder = new_folder()
     job = begin(LONG, folder, processes=2)
     wait_for(lambda: has_state(folder))
-    started = time.monotonic()
-    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    rank = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
+    os.kill(rank, signal.SIGSTOP if stop else signal.SIGKILL)
+    if stop:
+        time.sleep(5)
+        os.kill(rank, signal.SIGCONT)
     status = finish(job).status
-    assert status == 1, status
-    took = time.monotonic() - started
+    assert status == (0 if stop else 1), status
     succeeds(f"{LONG} --resume", folder, processes=2)
-    return f"exit 1 after {took:.0f} s; resumed: exit 0"
+    return f"exit {status}; resumed: exit 0"
 
 
-@fault("a rank is stopped for 5 s, of two")
-def _() -> str:
-    folder = new_folder()
-    job = begin(LONG, folder, processes=2)
-    wait_for(lambda: has_state(folder))
-    rank = children(job.pid)[-1]
-    os.kill(rank, signal.SIGSTOP)
-    time.sleep(5)
-    os.kill(rank, signal.SIGCONT)
-    result = finish(job)
-    assert result.status == 0, result.err[-300:]
-    return "the others wait; exit 0"
-
-
-@fault("a second owner of a run")
-def _() -> str:
+def two_owners() -> str:
     folder = new_folder()
     job = begin(LONG, folder)
     wait_for(lambda: has_state(folder))
-    refused = run(LONG, folder)
-    assert refused.status == 2, refused.err
-    text = one_line(refused, folder / "nothing", "in use by process")
+    text = one_line(run(LONG, folder), folder / "nothing", "in use by process")
     assert finish(job).status == 0
-    return f"second: {text.replace(str(folder), 'OUT')}; first: exit 0, {same_as(LONG, folder)}"
+    return f"second: {text}; first: exit 0, {same_as(LONG, folder)}"
 
 
-@fault("a quota of half a CPU")
-def _() -> str:
-    group = Path("/sys/fs/cgroup/faults")
-    folder = new_folder()
+def cpu_quota() -> str:
+    group, folder = Path("/sys/fs/cgroup/faults"), new_folder()
+    group.mkdir()
     try:
-        group.mkdir()
         (group / "cpu.max").write_text("50000 100000")
-    except OSError as error:
-        raise NotHereError("making a cgroup with a quota needs cgroup v2 and root") from error
-    try:
         succeeds(TRAIN, folder, preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
     finally:
         group.rmdir()
     return f"exit 0; {same_as(TRAIN, folder)}"
 
 
+FAULTS = (
+    *((f"full disk of {size}, train", full_disk, TRAIN, size) for size in ("64k", "1m", "4m", "9m", "12m")),
+    ("full disk of 16k under runs/, train", full_disk, TRAIN, "16k", "runs"),
+    ("full disk of 3m under checkpoints/, train", full_disk, TRAIN, "3m", "checkpoints"),
+    ("full disk of 200k, export", full_disk, EXPORT, "200k"),
+    ("full disk of 16k, profile", full_disk, PROFILE, "16k"),
+    ("full disk of 200k, profile", full_disk, PROFILE, "200k"),
+    ("files of at most 1 MB (RLIMIT_FSIZE), train", small_files),
+    ("read-only disk, train", read_only, TRAIN),
+    ("read-only disk, export", read_only, EXPORT),
+    ("read-only disk, profile", read_only, PROFILE),
+    ("another disk under checkpoints/, train twice", other_disk, "checkpoints"),
+    ("another disk under runs/, train twice", other_disk, "runs"),
+    *((f"killed {seconds} s after a state, train", killed, LONG, seconds) for seconds in (0.0, 0.2, 0.5)),
+    *((f"killed {seconds} s after an image, export", killed, EXPORT, seconds) for seconds in (0.0, 0.2)),
+    ("one rank of two is killed", rank_of_two, False),
+    ("one rank of two is stopped for 5 s", rank_of_two, True),
+    ("a second owner of a run", two_owners),
+    ("a quota of half a CPU, train", cpu_quota),
+)
+
+
 def main() -> int:
     words = sys.argv[1:]
     print("| fault | outcome | as promised |\n|---|---|---|", flush=True)
     num_broken = 0
-    for name, inject in FAULTS:
+    for name, inject, *arguments in FAULTS:
         if words and not any(word in name for word in words):
             continue
         try:
-            outcome, verdict = inject(), "yes"
-        except NotHereError as reason:
-            outcome, verdict = f"not injected: {reason}", "-"
+            outcome, verdict = inject(*arguments), "yes"
+        except (OSError, subprocess.CalledProcessError) as error:
+            outcome, verdict = f"not injected: {error}", "-"
         except (AssertionError, subprocess.TimeoutExpired) as error:
             outcome, verdict = " ".join(str(error).split())[:300], "NO"
             num_broken += 1
@@ -306,7 +248,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    REFERENCES: dict[str, Path] = {}
-    PLACE = tempfile.TemporaryDirectory()
-    with PLACE:
+    try:
         sys.exit(main())
+    finally:
+        shutil.rmtree(PLACE, ignore_errors=True)
