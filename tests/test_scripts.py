@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import sys
 from types import SimpleNamespace
@@ -288,6 +289,20 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, tmp_path,
     assert_refused(result, "No space left on device", statuses=(1,))
     (old,) = (tmp_path / "out" / "previous").iterdir()
     assert (old / "checkpoints" / "cnn_small_best.safetensors").read_bytes() == trained.best.read_bytes()
+
+
+def test_a_checkpoint_that_the_system_does_not_take_is_named_and_the_run_can_be_resumed(tmp_path):
+    """The short form of benchmarks/faults.py: a file may have 1 MB."""
+    flags = (*TINY, "--max-steps", 1, "--output-dir", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    try:
+        result = call("train", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(result, "File too large", "cnn_small_best.safetensors", statuses=(1,))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert call("train", *flags, "--resume").status == 0
 
 
 def test_closed_and_ascii_streams_and_a_bad_timeout_are_no_obstacle(tmp_path):
