@@ -19,8 +19,8 @@ data/             sources (names and folders -> splits and classes), images (whi
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
 run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
-                  preemption (signals), tracking (TensorBoard and metrics.jsonl), launch (processes, threads,
-                  precision)
+                  preemption (signals), tracking and events (metrics.jsonl, TensorBoard), launch (processes,
+                  threads, precision), process (what a notebook gets back)
 metrics           accuracy, F1 and the rest, as local `evaluate` modules
 evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
 compare           ranks, pairs and runs; answers, scores, suspects, fairness, cost and stats/ are its parts

@@ -123,8 +123,8 @@ def path(text: str) -> Path:
 
 
 def check_output_dir(folder: Path, *subfolders: str) -> None:
-    """Make the folder, and try to write in it and in those subfolders that exist. UserError: that fails."""
-    for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):
+    """Try to write in the folder and in its subfolders. UserError: that fails."""
+    for place in (folder, *(folder / name for name in subfolders)):
         check_writable(place)
 
 

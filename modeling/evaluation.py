@@ -16,7 +16,7 @@ from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
 from modeling.run import checkpoint
-from modeling.run.launch import make_accelerator
+from modeling.run.launch import make_accelerator, on_main_process
 
 load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
 
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
     args = build_parser(description).parse_args(argv)
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     traces = args.output_dir / "traces"
-    cli.check_output_dir(args.output_dir, "traces")
+    on_main_process(accelerator, lambda: cli.check_output_dir(args.output_dir, "traces"))
     report.read_metrics_csv(traces / "metrics.csv")  # raises before any work if the file is not ours
     evaluations = [
         Evaluation(name, path, dataset=args.dataset, split=args.split, limit_eval=args.limit_eval)

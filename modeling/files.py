@@ -102,10 +102,10 @@ def named_errors(path: Path) -> Iterator[None]:
 def check_writable(folder: Path, longest_name: int = 0) -> None:
     """Write a file as atomic_write does, with a name of `longest_name` bytes, and remove it.
 
-    UserError: that fails.
+    A folder that is missing is not made: its nearest parent is tried. UserError: that fails.
     """
-    probe = folder / f".writable-{secrets.token_hex(8)}".ljust(longest_name, "-")
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    probe = place / f".writable-{secrets.token_hex(8)}".ljust(longest_name, "-")
     try:
         with atomic_write(probe) as file:
             file.write(bytes(PROBE_BYTES))
@@ -120,10 +120,6 @@ def check_writable(folder: Path, longest_name: int = 0) -> None:
             f"cannot write to the output folder {folder}: {error.strerror}; "
             "make room or correct the permissions there, or give another --output-dir"
         ) from error
-    finally:
-        for place in missing:
-            with contextlib.suppress(OSError):  # it was never made, or another process uses it
-                place.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

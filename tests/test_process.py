@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import accelerate
 import datasets
 import numpy as np
 import pytest
@@ -75,8 +76,10 @@ def small_images() -> tuple[Images, StepSettings]:
 
 
 def test_the_python_api_leaves_the_process_as_it_was(odd_process, tmp_path):
+    own = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     scripts.train.train_model(**SMALL, num_threads=1, deterministic=True, output_dir=tmp_path)
     assert process_state() == odd_process
+    assert (own.mixed_precision, own.device.type) == ("bf16", "cpu")
     with pytest.raises(ValueError, match="no dataset"):
         scripts.train.train_model(**SMALL | {"dataset": "no/such/thing"}, num_threads=1)
     assert process_state() == odd_process

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import datasets
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 from modeling import hub
 
@@ -15,7 +16,8 @@ from modeling import hub
 def process_as_it_was() -> Iterator[None]:
     """Leave threads, generators, torch's switches, output and the hub as they were before this block.
 
-    A notebook goes on after train_model(). What it computes then must not depend on how that trained.
+    A notebook goes on after train_model(). What it computes then must not depend on how that trained. An
+    Accelerator that it had goes on too, for accelerate keeps one state for all of a process.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     num_threads = torch.get_num_threads()
@@ -25,6 +27,8 @@ def process_as_it_was() -> Iterator[None]:
     generator = torch.get_rng_state()
     gpu_generators = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     bars_are_off, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    shared_states = (AcceleratorState._shared_state, PartialState._shared_state)
+    accelerators = [dict(shared) for shared in shared_states]
     environment, stdout = dict(os.environ), sys.stdout
     try:
         with hub.one_command():
@@ -39,6 +43,9 @@ def process_as_it_was() -> Iterator[None]:
         if not bars_are_off:
             datasets.enable_progress_bars()
         datasets.logging.set_verbosity(verbosity)
+        for shared, before in zip(shared_states, accelerators, strict=True):
+            shared.clear()
+            shared.update(before)
         sys.stdout = stdout
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
