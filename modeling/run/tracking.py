@@ -70,4 +70,5 @@ class Tracker:
     def close(self) -> None:
         if self.enabled:
             self.writer.close()
-            self.lines.close()
+            with named_errors(Path(self.lines.name)):  # it may hold what a full disk did not take
+                self.lines.close()
