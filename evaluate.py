@@ -5,11 +5,11 @@
     accelerate launch --config_file accelerate_configs/single_gpu_bf16.yaml evaluate.py \\
         --ckpt checkpoints/vit_best.safetensors
 
-A checkpoint names its own model, classes, preprocessing and dataset.
+A checkpoint describes its own model, classes, preprocessing and dataset.
 The results go to traces/ under --output-dir.
 """
 
-# Python looks for the package, not for this script: see modeling/shadow.py
+# `import evaluate` means the package of that name, not this script: see modeling/shadow.py.
 if __name__ == "evaluate":
     from modeling.shadow import load_real
 

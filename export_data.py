@@ -4,7 +4,7 @@
     python export_data.py --verify --output-dir data
     python train.py --model cnn --dataset data
 
-The folders are train/<class>/, val/<class>/ and, where the dataset has a test split, test/<class>/.
+The folders are train/<class>/, val/<class>/ and, if the dataset has a test split, test/<class>/.
 PNG keeps every pixel as it is. manifest.json holds the counts and the SHA-256 of each file.
 To finish an export that was stopped, run the same command again.
 """
@@ -50,8 +50,8 @@ def build_parser() -> cli.Parser:
     inputs.add_argument(
         "--val-fraction",
         type=cli.FRACTION,
-        help="share of train, between 0 and 1, that becomes val where the dataset has no val "
-        "(default: 0.2 for stl10, else 0.1)",
+        help="share of train, between 0 and 1, that becomes val if the dataset has no val "
+        "(default: 0.2 for stl10, otherwise 0.1)",
     )
     inputs.add_argument(
         "--seed",
@@ -103,9 +103,9 @@ def export_to_imagefolder(
     seed: int = 42,
     num_workers: int = 1,
 ) -> dict[str, Any]:
-    """Write train/, val/ and, where the dataset has one, test/ under output_dir, and return the manifest.
+    """Write train/, val/ and (if there is a test split) test/ under output_dir. Return the manifest.
 
-    Files that exist with the right content are not written again, so a second call finishes a stopped one.
+    Existing files with the right content are not written again, so a second call finishes a stopped export.
     UserError: the folder holds something else, or an image cannot be decoded.
     """
     output_dir = Path(output_dir).expanduser()
@@ -142,7 +142,7 @@ def _export(
     for path in [*output_dir.glob(".*"), *output_dir.glob("*/*/.*")]:
         if OWN_FILES.fullmatch(path.name) and path.name != LOCK:
             path.unlink()  # a killed export has left it
-    # A manifest that is not complete marks a folder whose export was stopped.
+    # If the export is stopped, this incomplete manifest stays. The next call then finishes the export.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
     folders = settings["classes"]
@@ -164,7 +164,7 @@ def _export(
     stale = sorted(_found(output_dir) - files.keys())
     if stale:
         raise UserError(
-            f"{output_dir} holds {len(stale)} files that are not of this export, "
+            f"{output_dir} holds {len(stale)} files that this export did not write, "
             f"such as {stale[0]}: remove them"
         )
     manifest = {**settings, "complete": True, "counts": counts, "files": files}
@@ -223,11 +223,10 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
 
 
 def verify_dataset(output_dir: str | Path) -> list[str]:
-    """Compare the files with the manifest and return a line for each that differs. Nothing is written.
+    """Compare the files with the manifest, and return a line for each file that differs. Write nothing.
 
-    A line says whether the file is missing, extra, altered or undecodable.
-
-    UserError: no manifest, or an export that was not finished.
+    A line says whether the file is missing, extra, altered or undecodable. UserError: there is no manifest,
+    or the export was not finished.
     """
     output_dir = Path(output_dir).expanduser()
     manifest = read_manifest(output_dir)
@@ -249,14 +248,14 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    """Return the relative paths of all files in the folder but the manifest and what an export leaves."""
+    """Return the relative paths of all files in the folder, except the manifest and OWN_FILES."""
     paths = [path for path in output_dir.rglob("*") if not OWN_FILES.fullmatch(path.name)]
     names = {path.relative_to(output_dir).as_posix() for path in paths if not path.is_dir()}
     return names - {MANIFEST}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:
-    """Return no line if the file has this SHA-256, otherwise one that names it undecodable or altered."""
+    """Return no line if the file has this SHA-256. Otherwise return one: "undecodable" or "altered"."""
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() == digest:
         return []
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         if problems:
             print("\n".join(problems))
             return 1
-        print(f"{args.output_dir} is whole: every file is as its manifest says")
+        print(f"{args.output_dir} is complete: every file matches {MANIFEST}")
         return 0
     manifest = export_to_imagefolder(
         args.dataset,
@@ -289,8 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     for folder, count_by_class in manifest["counts"].items():
         totals.append(f"{sum(count_by_class.values()):,} in {folder}/")
     print(
-        f"{args.output_dir}: {', '.join(totals)}; {len(manifest['classes'])} classes, "
-        f"listed with every file's SHA-256 in {MANIFEST}"
+        f"{args.output_dir}: {', '.join(totals)}; {len(manifest['classes'])} classes. "
+        f"{MANIFEST} lists the SHA-256 of every file"
     )
     return 0
 

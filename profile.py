@@ -10,7 +10,7 @@ Each model gets a Chrome trace and a table of operators. The comparison is profi
 All files go to traces/ under --output-dir.
 """
 
-# Python looks for the standard library's module, not for this script: see modeling/shadow.py
+# `import profile` means the standard library's module, not this script: see modeling/shadow.py.
 if __name__ == "profile":
     from modeling.shadow import load_real
 

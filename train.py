@@ -32,7 +32,8 @@ from modeling.sanity import sanity_check
 from modeling.settings import Settings
 from modeling.setup import Run, describe, set_up
 
-CHECK_EVERY = 20  # steps between looks at the guard against non-finite losses: each look waits for the device
+# Steps between two checks for a non-finite loss. A check waits for the device, so it is not made every step.
+CHECK_EVERY = 20
 BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "loss": min}
 
 
@@ -41,11 +42,11 @@ BEST_METRICS = {"accuracy": max, "balanced_accuracy": max, "macro_f1": max, "los
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__)
-    add = parser.add_argument_group("the usual").add_argument
+    add = parser.add_argument_group("main flags").add_argument
     add("--model", default="cnn", help=f"{', '.join(models.MODELS)}, or timm/NAME (default: cnn)")
     add("--dataset", default="stl10", help="stl10, cifar10, digits, a hub id or a folder (default: stl10)")
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
-    add("--batch-size", type=cli.POSITIVE_INT, help="images an update, over all processes")
+    add("--batch-size", type=cli.POSITIVE_INT, help="images per update, of all processes together")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     add("--output-dir", type=cli.path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
@@ -53,15 +54,15 @@ def build_parser() -> cli.Parser:
 
     add = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)").add_argument
     add("--recipe", choices=("tuned", "reference"), default="tuned", help="(default: tuned, our best)")
-    add("--max-steps", type=cli.POSITIVE_INT, help="train for this many updates, whatever --epochs says")
+    add("--max-steps", type=cli.POSITIVE_INT, help="number of updates; overrides --epochs (default: not set)")
     add("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
-    add("--weight-decay", type=cli.NON_NEGATIVE, help="as the optimizer takes it")
+    add("--weight-decay", type=cli.NON_NEGATIVE, help="the optimizer's weight decay")
     add("--warmup-epochs", type=cli.EPOCHS, help="epochs of linear warm-up of the learning rate")
     add("--augment", choices=AUGMENT_SETS, help="random changes of each training image")
-    add("--label-smoothing", type=cli.SHARE, help="share of the target that is spread over all classes")
-    add("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="mix pairs, weight from Beta(ALPHA, ALPHA)")
-    add("--cutmix", type=cli.NON_NEGATIVE, metavar="ALPHA", help="paste a box, area from Beta(ALPHA, ALPHA)")
-    add("--clip-grad", type=cli.NON_NEGATIVE, metavar="NORM", help="largest norm of the gradient")
+    add("--label-smoothing", type=cli.SHARE, help="share of the target spread over all classes")
+    add("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="blend pairs; weight from Beta(ALPHA, ALPHA)")
+    add("--cutmix", type=cli.NON_NEGATIVE, metavar="ALPHA", help="paste a box; area from Beta(ALPHA, ALPHA)")
+    add("--clip-grad", type=cli.NON_NEGATIVE, metavar="NORM", help="clip the gradient to this norm")
     add("--ema", type=cli.SHARE, metavar="DECAY", help="average the weights; checkpoints hold the average")
     add("--gradient-accumulation-steps", type=cli.POSITIVE_INT, default=1, help="micro-batches (default: 1)")
 
@@ -70,27 +71,25 @@ def build_parser() -> cli.Parser:
     add("--image-size", type=cli.POSITIVE_INT, help="side in pixels (default: see docs/models.md)")
     add("--patch-size", type=cli.POSITIVE_INT, help="of vit_scratch (default: 4, 8 or 16 px, by image size)")
     add("--head-dropout", type=cli.SHARE, help="dropout before the last layer (default: the model's)")
-    add("--feature-views", type=cli.NUM_WORKERS, metavar="K", help="vit: views to keep (0: one an epoch)")
+    add("--feature-views", type=cli.NUM_WORKERS, metavar="K", help="vit: views to keep (0: new each epoch)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--val-fraction", type=cli.FRACTION, help="share of train for validation (0.1; stl10 0.2)")
+    add("--val-fraction", type=cli.FRACTION, help="share of train for validation (default: 0.1; stl10: 0.2)")
     add("--limit-train", type=cli.POSITIVE_INT, metavar="N", help="train on a stratified subset of N images")
     add("--limit-eval", type=cli.POSITIVE_INT, metavar="N", help="validate and test on subsets of N images")
 
-    add = parser.add_argument_group(
-        "resuming (a state is saved after each epoch and on signals)"
-    ).add_argument
-    add("--checkpoint-every", type=cli.POSITIVE_INT, metavar="STEPS", help="save a state every so many steps")
-    add("--resume", action="store_true", help="go on from the newest state, or start where there is none")
-    add("--force", action="store_true", help="resume even if arguments differ from those of the state")
+    add = parser.add_argument_group("resuming (each epoch and each signal saves a state)").add_argument
+    add("--checkpoint-every", type=cli.POSITIVE_INT, metavar="STEPS", help="also save one every STEPS steps")
+    add("--resume", action="store_true", help="continue from the newest state; start anew if none")
+    add("--force", action="store_true", help="resume with other arguments than the state's")
 
     add = parser.add_argument_group("selection and checks").add_argument
     add("--best-metric", choices=tuple(BEST_METRICS), default="accuracy", help="(default: accuracy)")
-    add("--early-stop", type=cli.POSITIVE_INT, metavar="EPOCHS", help="stop after so many without a best")
-    add("--sanity-check", action="store_true", help="only see whether the model can overfit a few batches")
+    add("--early-stop", type=cli.POSITIVE_INT, metavar="EPOCHS", help="stop after EPOCHS without a new best")
+    add("--sanity-check", action="store_true", help="only test whether the model overfits a few batches")
     add("--num-batches", type=cli.POSITIVE_INT, default=5, help="batches of --sanity-check (default: 5)")
     add("--compile", action="store_true", help="compile the model with torch.compile")
-    add("--deterministic", action="store_true", help="only deterministic algorithms; others are an error")
+    add("--deterministic", action="store_true", help="use only deterministic algorithms, or fail")
     cli.add_hardware_group(parser)
     return parser
 
@@ -99,7 +98,7 @@ def build_parser() -> cli.Parser:
 
 
 def check_sanity(run: Run, num_batches: int) -> dict[str, Any]:
-    """Only see whether the model can overfit `num_batches` batches of training images."""
+    """Test whether the model can overfit `num_batches` batches of training images. Nothing is written."""
     train, settings = run.images["train"], run.settings
     count = min(num_batches * settings.batch_size, len(train))
     chosen = stratified(train.labels, count, settings.seed, randomness.SUBSET)
@@ -123,7 +122,7 @@ def check_sanity(run: Run, num_batches: int) -> dict[str, Any]:
 
 
 def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
-    """Train on the images of an epoch that `now.state` has not seen yet, each image once."""
+    """Train once on each image of the epoch. After a resume, images that were seen before are skipped."""
     settings, current = run.settings, now.state
     run.model.train()
     now.progress.describe(f"epoch {epoch + 1}/{settings.epochs}")
@@ -163,14 +162,13 @@ def train_one_epoch(run: Run, now: Progression, epoch: int, signals: preemption.
         signals.check()  # all ranks, every step
         if current.step % CHECK_EVERY == 0:  # all ranks
             run.guard.check()
-        if (
-            settings.checkpoint_every and current.step % settings.checkpoint_every == 0
-        ):  # all ranks; the main one writes
+        # All ranks enter; the main one writes.
+        if settings.checkpoint_every and current.step % settings.checkpoint_every == 0:
             now.save()
 
 
 def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Preemption) -> None:
-    """Validate, write checkpoints and record the epoch. Once an epoch, on all ranks; the main one writes."""
+    """Validate, write checkpoints and record the epoch. All ranks call this; the main one writes."""
     settings, current = run.settings, now.state
     run.guard.check()
     loss_sum, num_correct = run.accelerator.gather(now.totals[None]).sum(dim=0).tolist()
@@ -180,7 +178,7 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
         "learning_rate": run.learning_rate(current.step - 1),
     }
 
-    # The averaged weights, where there is an average, are what is validated and kept.
+    # With --ema, validate and save the averaged weights.
     with run.ema.swapped_in(run.raw_model) if run.ema else contextlib.nullcontext():
         scores = evaluate_model(
             run.raw_model,
@@ -238,10 +236,10 @@ def epoch_text(
 
 
 def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) -> None:
-    """Evaluate the best epoch on test, where the dataset has one: once in a run, at its end. All ranks."""
+    """Evaluate the best epoch on the test split, if there is one. All ranks call this once, at the end."""
     if now.state.test is not None:
         return
-    run.accelerator.wait_for_everyone()  # for the main process to have written the best checkpoint
+    run.accelerator.wait_for_everyone()  # until the main process has written the best checkpoint
     if "test" in run.images:
         best_model, _ = checkpoint.load_model(run.files.best)
         now.state.test = evaluate_model(
@@ -260,7 +258,7 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
 
 
 def run_training(args: argparse.Namespace) -> dict[str, Any]:
-    """Check the flags, lock the run's files, and train. Returns what train_model documents."""
+    """Check the flags, lock the run's files, and train. The result is described in train_model."""
     models.check_model_name(args.model)
     run_name = models.file_name(args.model) if args.run_name is None else args.run_name
     files = RunFiles(args.output_dir, run_name)
@@ -283,7 +281,7 @@ def train(
     # ---- Begin or resume: a resumed run ends bitwise as if it had never stopped.
     now = Progression(run, run_lock)
 
-    # ---- The loop: a signal only leaves a mark, so that all processes stop after the same step.
+    # ---- The loop: a signal such as Ctrl-C is only noted. All processes then stop after the same step.
     with contextlib.closing(now.tracker), preemption.Preemption(accelerator, now.save) as signals:
         epoch = now.state.epoch
         while not now.state.finished:
@@ -292,7 +290,7 @@ def train(
             epoch += 1
         now.progress.close()
 
-        # ---- Final test: the best epoch is evaluated once, on images that nothing was chosen by.
+        # ---- Final test: evaluate the best epoch once. No choice was made on these images.
         test_best_epoch(run, now, signals)
     return report(run, now)
 
@@ -331,9 +329,9 @@ def train_model(**options: Any) -> dict[str, Any]:
 
     Options are the flags, with underscores.
 
-    Returns run, best_epoch, steps, best_checkpoint, final_checkpoint, and the metrics of validation and,
-    where the dataset has one, of test; with sanity_check=True: passed, accuracy, loss, steps. UserError: what
-    the command would refuse.
+    Returns a dict with run, best_epoch, steps, best_checkpoint, final_checkpoint, validation (metrics), and
+    test (metrics) if the dataset has a test split. With sanity_check=True the keys are passed, accuracy, loss
+    and steps. UserError: an option is wrong, as for the command.
     """
     return run_training(build_parser().parse_options(options))
 

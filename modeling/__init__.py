@@ -1,8 +1,8 @@
 """What the four scripts share. Nothing here imports a script.
 
-The hour: read train.py, then these files in this order, and you have read the whole method.
+The hour: read train.py, then these files in this order. They are the whole method.
 
-recipes           one recipe for each model and size
+recipes           one recipe for each model and size, with its learning rate
 data/batches      the steps of an epoch, the micro-batches of a step
 data/augment      augmentation, mixup and CutMix, as functions of seed, epoch and image
 engine            train_step, predict and evaluate_model: the numeric path
@@ -12,23 +12,31 @@ models/cnn, vit   SimpleCNN and SimpleViT, plain modules
 
 The machinery:
 
-setup, settings   from flags to frozen Settings, and to all that the loop works with
-progression       what changes while a run goes on
+setup             from flags to everything that the training loop needs: images, model, optimizer
+settings          every value that a run uses, resolved once
+progression       everything that changes during a run
 data/             sources (names and folders -> splits and classes), images (which images, where their
                   pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
 run/              files (every file name of a run), lock (one owner), checkpoint, state (to resume from),
-                  preemption (signals), tracking and events (metrics.jsonl, TensorBoard), launch (processes,
-                  threads, precision), process (what a notebook gets back)
-metrics           accuracy, F1 and the rest, as local `evaluate` modules
-evaluation        the body of evaluate.py;  profiling: the body of profile.py;  report: tables, text and plots
-compare           ranks, pairs and runs; answers, scores, suspects, fairness, cost and stats/ are its parts
-comparison_files  what evaluate.py writes of a comparison; comparison_text, analysis, page and pages/ form it
+                  preemption (Ctrl-C and signals), tracking and events (metrics.jsonl, TensorBoard), launch
+                  (processes, threads, precision), process (what a notebook gets back)
+metrics           accuracy, F1 and others, as local `evaluate` modules
+evaluation        what evaluate.py runs
+profiling         what profile.py runs
+report            tables, text and plots
+compare           ranks models and compares pairs. Its parts: answers (predictions), scores, suspects
+                  (labels), fairness, cost, stats/ (estimators)
+comparison_files  writes the page and the CSV files of a comparison. Its parts: comparison_text, analysis,
+                  page, pages/
 sanity            can the model overfit a few batches?
-cli, progress     argument types, exit status, progress bars
-hub, files        downloads from the Hugging Face hub; atomic writes and safetensors
-errors, shadow    UserError; how `import evaluate` and `import profile` find the real modules
+cli               argument types; how an error becomes an exit status
+progress          progress bars
+hub               downloads from the Hugging Face hub
+files             atomic writes and safetensors
+errors            UserError, for which a script exits with status 2
+shadow            how `import evaluate` and `import profile` find the real modules
 environment       variables that libraries read when they are imported
 """
 

@@ -1,4 +1,4 @@
-"""Everything that a comparison's page says, as numbers."""
+"""All numbers that the page of a comparison shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from modeling.stats.runs import Difference, paired_difference
 from modeling.suspects import Suspect, find_suspects
 
 NUM_CONFUSIONS = 10
-SAME_TIME = 1.05  # a model that takes at most this much longer is as fast
-BUSY = 1.5  # slowest round over fastest round of a busy machine
+SAME_TIME = 1.05  # two models count as equally fast up to this ratio of their times
+BUSY = 1.5  # above this ratio of slowest to fastest round, the machine counts as busy
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each shared model takes images of class `true` for class `predicted` (class numbers)."""
+    """A pair of class numbers. counts[k]: images of `true` that shared model k takes for `predicted`."""
 
     true: int
     predicted: int
@@ -31,10 +31,10 @@ class Confusion:
 
 @dataclass(frozen=True, eq=False)
 class Average:
-    """Several models whose probabilities are averaged; members are positions in Shared.models.
+    """The average of several models' probabilities. members are positions in Shared.models.
 
-    kind is "all", "two best" or "best subset"; the last two were chosen on these very images.
-    over_best compares the average with the best model alone.
+    kind is "all", "two best" or "best subset". The last two were chosen on these same images, so they are
+    optimistic. over_best compares the average with the best model alone.
     """
 
     kind: str
@@ -46,12 +46,14 @@ class Average:
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """The numbers of a page. Lists over entries follow Comparison.entries, lists over models Shared.models.
+    """The numbers of a page.
 
-    matrices are confusion matrices (C, C), class_order an order of the classes with similar ones side by
-    side. worth_their_time and too_slow are positions of the entries whose speed is known. num_right (n,) is
-    how many shared models have an image right. agreement[a, b] is Cohen's kappa of two shared models. curves
-    are (epoch, validation accuracy) by the name of a model.
+    Per entry, in the order of Comparison.entries: scores, macro_f1. Per shared model, in the order of
+    Shared.models: matrices (confusion matrices, (C, C)). class_order is an order of the classes that puts
+    similar ones side by side. worth_their_time and too_slow are positions of entries; entries without a
+    measured speed are in neither. num_right (n,): how many shared models are right on each image.
+    agreement[a, b]: Cohen's kappa of two shared models. curves: a model's name -> its list of (epoch,
+    validation accuracy).
     """
 
     comparison: Comparison
@@ -81,7 +83,7 @@ class Analysis:
         return self.comparison.shared
 
     def milliseconds(self, position: int) -> float | None:
-        """Of one image in a batch, of the entry at this position; None: not measured."""
+        """The time of one image in a batch, for the entry at this position. None: it was not measured."""
         cost = self.costs.get(self.entries[position].shown.name)
         return cost.speed.batch_ms if cost and cost.speed else None
 
@@ -97,7 +99,7 @@ def analyse(
     digests: Sequence[bytes] | None = None,
     curves: dict[str, list[tuple[int, float]]] | None = None,
 ) -> Analysis:
-    """Compute everything that the page says. digests: of the pixels of the shared images, in their order."""
+    """Compute all numbers of the page. digests: a hash of the pixels of each shared image, in their order."""
     shared = comparison.shared
     num_classes = len(shared.classes)
     matrices = [confusion_matrix(model.labels, model.predicted, num_classes) for model in shared.models]
@@ -127,7 +129,7 @@ def analyse(
 
 
 def most_frequent_confusions(matrices: Sequence[np.ndarray]) -> list[Confusion]:
-    """The confusions of two classes that are most frequent over all models, at most ten."""
+    """The most frequent confusions, summed over all models, at most ten."""
     total = np.sum(matrices, axis=0)
     np.fill_diagonal(total, 0)
     order = np.argsort(-total, axis=None, kind="stable")[:NUM_CONFUSIONS]
@@ -140,9 +142,10 @@ def most_frequent_confusions(matrices: Sequence[np.ndarray]) -> list[Confusion]:
 
 
 def divide_by_cost(comparison: Comparison, costs: Costs) -> tuple[list[int], list[int]]:
-    """Positions of the entries that are worth their time, the fastest first, and of those that are not.
+    """Divide the entries into those that are worth their time and those that are not, the fastest first.
 
-    An entry is not worth its time if one that really beats it is at least as fast, give or take 5 %.
+    An entry is not worth its time if another entry really beats it and is as fast, or at most 5 % slower.
+    Returns two lists of positions.
     """
     times = {}
     for position, entry in enumerate(comparison.entries):
@@ -158,9 +161,9 @@ def divide_by_cost(comparison: Comparison, costs: Costs) -> tuple[list[int], lis
 
 
 def averages(comparison: Comparison, costs: Costs) -> list[Average]:
-    """All models averaged.
+    """Average the probabilities of all models.
 
-    Of more than two also the two best, and the best subset, unless it is one of these.
+    With more than two models, also average the two best, and the best subset if it is another one.
     """
     shared = comparison.shared
     num_models = len(shared.models)

@@ -1,6 +1,6 @@
-"""What a comparison keeps of one checkpoint: a few numbers for each image.
+"""The predictions of one checkpoint, reduced to a few numbers per image for a comparison.
 
-`summarize` makes a Model of the Answers of a checkpoint. modeling/compare.py compares models.
+`summarize` turns a checkpoint's Answers into a Model. modeling/compare.py compares models.
 """
 
 import functools
@@ -19,8 +19,8 @@ from modeling.stats.proportions import Interval, wilson_interval
 class Answers:
     """One checkpoint's answers for N images of one split.
 
-    rows (N,) int64 are the images' rows in the split, each once; labels (N,) int64 are class numbers;
-    log_probabilities (N, C) float32. `dataset` is its name, with the revision where it has one.
+    rows (N,) int64: the images' rows in the split, each once. labels (N,) int64: class numbers.
+    log_probabilities (N, C) float32. dataset: its name, followed by @ and the revision if it has one.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Answers:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What a comparison keeps of one checkpoint. Arrays are (N,), sorted by row, unless they say otherwise.
+    """One checkpoint in a comparison. Arrays are (N,) and sorted by row; probabilities is (N, C).
 
-    confidence is the probability of the predicted class, label_probability that of the label; label_rank is 0
-    where the label is the most probable class, ties counted as scikit-learn's top-k accuracy does
-    (worst_rank: against the model). tempered_confidence and tempered_label are the two probabilities after
-    `temperature`, which minimises the log loss; fitted_loss is the log loss after a temperature fitted on
-    other images. probabilities: (N, C).
+    confidence: the probability of the predicted class. label_probability: the probability of the label.
+    label_rank: 0 if the label is the most probable class, with ties counted as in scikit-learn's top-k
+    accuracy. worst_rank: the same, with every tie counted against the model. temperature minimises the log
+    loss on these images. tempered_confidence and tempered_label: the two probabilities after temperature
+    scaling. fitted_loss: the log loss with a temperature that was fitted on other images.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Model:
         return self.predicted == self.labels
 
     def select(self, rows: np.ndarray) -> "Model":
-        """The answers for these rows, sorted, all of which the model has."""
+        """The answers for these rows only. The rows must be sorted, and the model must have them all."""
         if len(rows) == len(self.rows):
             return self
         at = np.searchsorted(self.rows, rows)
@@ -96,7 +96,7 @@ class Model:
         )
 
     def renumber(self, classes: list[str]) -> "Model":
-        """The same answers, with the same classes in another order."""
+        """The same answers, with the classes numbered in this order."""
         if classes == self.classes:
             return self
         new_number = np.array([classes.index(name) for name in self.classes])
@@ -121,11 +121,9 @@ def check_finite(name: str, values: np.ndarray) -> None:
 
 
 def summarize(answers: Answers, keep: type = np.float32) -> Model:
-    """Reduce a checkpoint's answers. `keep` is the type of the kept probabilities.
+    """Reduce a checkpoint's answers. UserError: a log-probability is NaN or infinite.
 
-    Float16 takes half the memory.
-
-    UserError: a log-probability is NaN or infinite.
+    `keep` is the type of the stored probabilities. float16 takes half the memory.
     """
     check_finite(str(answers.path), answers.log_probabilities)
     by_row = np.argsort(answers.rows, kind="stable")
@@ -170,9 +168,9 @@ def summarize(answers: Answers, keep: type = np.float32) -> Model:
 
 
 def top_k_accuracy(model: Model, k: int) -> tuple[Interval, float]:
-    """The share of images whose label is among the k most probable classes.
+    """Return the share of images whose label is among the k most probable classes.
 
-    And the share with ties counted against.
+    The second value counts ties against the model.
     """
     return wilson_interval(int((model.label_rank < k).sum()), len(model)), float(
         (model.worst_rank < k).mean()

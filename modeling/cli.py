@@ -19,11 +19,11 @@ from modeling.files import check_writable
 from modeling.run import preemption
 from modeling.run.launch import is_main_process, num_cores
 
-SAME_ERROR_SECONDS = 5  # the main process has this long to report an error that all processes have
+SAME_ERROR_SECONDS = 5  # the other processes report an error so much later than the main one
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UserError, so that a script and its Python API say the same."""
+    """An ArgumentParser that raises UserError, so that a script and its Python API give the same message."""
 
     def __init__(self, description: str):
         super().__init__(
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     def parse_options(self, options: dict[str, Any]) -> argparse.Namespace:
         """Parse keyword options as flags: batch_size=64 is --batch-size=64, resume=True is --resume.
 
-        None and False give no flag.
+        Options that are None or False are left out.
         """
         argv = []
         for name, value in options.items():
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             if value is True:
                 argv.append(flag)
             elif value is not None and value is not False:
-                argv.append(f"{flag}={value}")  # with = a value may begin with a dash
+                argv.append(f"{flag}={value}")  # "=" allows values that begin with a dash
         return self.parse_args(argv)
 
 
@@ -59,7 +59,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ):
-    """An argparse type: a finite number in an interval, with an error that names the interval."""
+    """Return an argparse type for a finite number in an interval. Its error message names the interval."""
     bounds = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}".replace("inf]", "inf)")
     wanted = f"an integer from {low} to {high}" if kind is int else f"a number in {bounds}"
 
@@ -68,7 +68,7 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
-        inside = low <= value <= high and value not in (math.inf, -math.inf)  # which nan is not
+        inside = low <= value <= high and value not in (math.inf, -math.inf)  # False for nan
         if not inside or (open_low and value == low) or (open_high and value == high):
             raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
         return value
@@ -91,26 +91,26 @@ def add_hardware_group(parser: Parser) -> None:
     group.add_argument(
         "--mixed-precision",
         choices=("no", "bf16", "fp16"),
-        help="precision of the forward pass (default: the launcher's, else no)",
+        help="precision of the forward pass (default: the launcher's, or no)",
     )
     group.add_argument(
         "--num-threads",
         type=POSITIVE_INT,
-        help="CPU threads of each process (default: OMP_NUM_THREADS, else its share of the cores)",
+        help="CPU threads of each process (default: OMP_NUM_THREADS, or the cores divided by the processes)",
     )
     group.add_argument(
         "--num-workers",
         type=NUM_WORKERS,
         default=num_cores(),
-        help="threads that decode images, 0: the main one (default: the cores)",
+        help="threads that decode images; 0: the main thread decodes (default: the number of cores)",
     )
     group.add_argument(
         "--store-limit",
         type=NON_NEGATIVE,
         default=100.0,
         metavar="GB",
-        help="largest store of a split's decoded images on disk, in 10**9 bytes; a larger split is decoded "
-        "at each use (default: 100)",
+        help="largest size on disk of a split's decoded images, in 10**9 bytes; a larger split is decoded "
+        "anew in each epoch (default: 100)",
     )
 
 
@@ -158,7 +158,8 @@ def error_text(error: BaseException) -> str:
 def run(main: Callable[[], int | None]) -> int:
     """Call `main` and return the exit status: 0 done, 2 bad input, 130 interrupted, 1 anything else.
 
-    A UserError is raised on purpose and speaks to the user. Any other ValueError is a bug and keeps its
+    A bad flag or bad input raises UserError: one line on standard error, status 2. An error of the system or
+    a loss that is not finite also prints one line, status 1. Any other error is a bug and keeps its
     traceback.
     """
     program = Path(sys.argv[0]).name
@@ -172,7 +173,8 @@ def run(main: Callable[[], int | None]) -> int:
         return 130
     except (UserError, OSError, FloatingPointError) as error:
         if not is_main_process():
-            # The main process most likely has the same error, reports it, and the launcher ends this process.
+            # The main process most likely has the same error. Let it report the error first: then the
+            # launcher ends this process, and the message appears once.
             time.sleep(SAME_ERROR_SECONDS)
         print(f"{program}: error: {' '.join(error_text(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -15,17 +15,16 @@ from modeling.answers import Model
 from modeling.stats.proportions import LEVEL, Interval, holm, smallest_visible_difference
 from modeling.stats.runs import mean_of_runs, mean_of_separate_runs, paired_difference
 
-LEAST_COMMON_IMAGES = (
-    100  # models that saw different images are compared on so many common ones, or not at all
-)
+# Models that saw different images are compared on their common images, if there are at least this many.
+LEAST_COMMON_IMAGES = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A line of the ranking: one checkpoint, or several runs of one recipe.
 
-    `shown` is the run nearest to the mean accuracy: it stands for the recipe where single answers are shown.
-    rank is 1 + the number of entries that really beat this one; None: it is compared with no other entry.
+    `shown` is the run nearest to the mean accuracy. The page shows its answers in place of all runs. rank is
+    1 plus the number of entries that really beat this one. None: the entry is not compared with any other.
     """
 
     name: str
@@ -37,12 +36,12 @@ class Entry:
 
     @property
     def log_loss(self) -> float:
-        """The mean over the runs, in nats."""
+        """The log loss in nats, averaged over the runs."""
         return float(np.mean([run.loss.mean() for run in self.runs]))
 
     @property
     def too_sure(self) -> float:
-        """Mean confidence minus accuracy, the mean over the runs."""
+        """Mean confidence minus accuracy, averaged over the runs."""
         return float(np.mean([run.confidence.mean() - run.right.mean() for run in self.runs]))
 
     @property
@@ -52,10 +51,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two entries on the same images. a stands above b in the ranking; difference is a's accuracy minus b's.
+    """Two entries on the same images. a is above b in the ranking. difference: a's accuracy minus b's.
 
-    only_a and only_b count the images that one of them has right and the other wrong, with several runs the
-    mean over pairs of runs. corrected_p is p after Holm's correction for all pairs.
+    only_a counts the images that a has right and b wrong, only_b the reverse. With several runs they are
+    means over pairs of runs. corrected_p is p after Holm's correction for the number of pairs.
     """
 
     a: int
@@ -78,7 +77,7 @@ class Pair:
 
     @property
     def loser(self) -> int | None:
-        """The entry that is really worse; None: the pair is not told apart."""
+        """The entry that is really worse. None: the difference may be chance."""
         if not self.is_real:
             return None
         return self.b if self.difference.value > 0 else self.a
@@ -92,10 +91,10 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """The images that the compared entries all saw: what classes, pictures, averages and labels are about.
+    """The images that all compared entries saw. The page's classes, pictures, averages and labels use these.
 
-    entries are positions in Comparison.entries, in that order. runs[k] are the runs of entries[k], models[k]
-    is the one that is shown; all are restricted to the shared rows and number the classes alike.
+    entries are positions in Comparison.entries, in that order. runs[k] are the runs of entries[k], and
+    models[k] is its shown run. All hold only the shared rows and number the classes in the same way.
     """
 
     entries: list[int]
@@ -122,7 +121,7 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The entries in the order of the ranking, those that are compared with no other last; and the pairs."""
+    """The entries in the order of the ranking, and the pairs. Entries that are not compared come last."""
 
     entries: list[Entry]
     pairs: list[Pair]
@@ -136,9 +135,9 @@ class Comparison:
         return [pair.a + pair.b - k for pair in self.pairs if pair.loser == k]
 
     def visible_difference(self) -> tuple[Pair, float] | None:
-        """The single-run pair that disagrees least, and the smallest difference that its images could show.
+        """The most similar pair, and the smallest difference that a test on its images can find.
 
-        None: there is no such pair, or its two models are right on exactly the same images.
+        Only pairs of single runs that are not right on exactly the same images count. None: there is none.
         """
         single = [
             pair
@@ -152,9 +151,9 @@ class Comparison:
         return closest, smallest_visible_difference(disagreement, closest.num_images)
 
     def pairs_to_show(self) -> list[Pair]:
-        """All pairs of up to four entries.
+        """The pairs that the page shows: all, if at most four entries are compared.
 
-        Else the best one with each other, and neighbours in the ranking.
+        Otherwise: the best entry with each other one, and neighbours in the ranking.
         """
         compared = sum(entry.rank is not None for entry in self.entries)
         if compared <= 4:
@@ -163,7 +162,10 @@ class Comparison:
 
 
 def recipe_key(model: Model) -> str:
-    """Equal for the runs of one recipe: a header without seed, names, clock, and what training found."""
+    """Return a text that is equal for the runs of one recipe.
+
+    It is the header without the seed, names, times and results of training.
+    """
     header = {
         name: value
         for name, value in model.header.items()
@@ -174,7 +176,7 @@ def recipe_key(model: Model) -> str:
         for name, value in model.header.get("arguments", {}).items()
         if name not in ("seed", "run_name", "num_threads")
     }
-    # The seed draws the validation split, and with it the training images and their digest.
+    # The training images and their digest depend on the seed, which draws the validation split.
     trained_on = {
         name: value for name, value in model.header.get("dataset", {}).items() if name != "train_sha256"
     }
@@ -184,9 +186,9 @@ def recipe_key(model: Model) -> str:
 
 
 def group_runs(models: Sequence[Model]) -> list[list[Model]]:
-    """Group the runs of one recipe, in the order of their first runs.
+    """Group the runs of one recipe. The groups are in the order of their first runs.
 
-    Runs of one recipe have different seeds.
+    If two runs of a group have the same seed, each of its runs becomes a group of its own.
     """
     groups: dict[str, list[Model]] = {}
     for model in models:
@@ -203,9 +205,9 @@ def group_runs(models: Sequence[Model]) -> list[list[Model]]:
 
 
 def _make_entries(models: Sequence[Model]) -> list[Entry]:
-    """The entries in the order of the models.
+    """Make the entries, in the order of the models.
 
-    Several runs are named as their model, if nothing else has that name.
+    An entry of several runs has the name of its model, such as "cnn", unless another entry has that name.
     """
     entries: list[Entry] = []
     for runs in group_runs(models):
@@ -230,13 +232,13 @@ def _make_entry(name: str, runs: list[Model]) -> Entry:
 
 
 def _family(entry: Entry) -> tuple[str, str, frozenset[str]]:
-    """Entries of another family saw other images or know other classes: they are not compared."""
+    """Return the dataset, split and classes of an entry. Entries where these differ are not compared."""
     model = entry.runs[0]
     return model.dataset, model.split, frozenset(model.classes)
 
 
 def common_rows(models: Sequence[Model]) -> np.ndarray:
-    """The rows that all models saw, sorted; none where they are different and fewer than 100."""
+    """The rows that all models saw, sorted. Empty: the rows differ, and fewer than 100 are common."""
     rows = functools.reduce(np.intersect1d, [model.rows for model in models])
     if len(rows) < LEAST_COMMON_IMAGES and any(len(rows) < len(model) for model in models):
         return rows[:0]
@@ -261,7 +263,7 @@ def _compare_pair(entries: Sequence[Entry], a: int, b: int) -> Pair | None:
 def _find_shared(entries: Sequence[Entry], compared: list[int]) -> Shared:
     members = compared
     rows = common_rows([entries[k].shown for k in members])
-    if not len(rows):  # the largest group that saw the very same images
+    if not len(rows):  # take the largest group of entries with exactly the same images
         groups = [
             [k for k in compared if np.array_equal(entries[k].shown.rows, entries[first].shown.rows)]
             for first in compared
@@ -280,7 +282,8 @@ def _find_shared(entries: Sequence[Entry], compared: list[int]) -> Shared:
 def compare(models: Sequence[Model]) -> Comparison:
     """Rank the models, compare each pair that saw the same images, and find the images that all share.
 
-    Only the largest family (dataset, split and set of classes; the first one given among equals) is compared.
+    A family is a dataset, split and set of classes. Only the entries of the largest family are compared. Of
+    equally large families, that is the one given first.
     """
     entries = _make_entries(models)
     families = [_family(entry) for entry in entries]
@@ -308,5 +311,5 @@ def compare(models: Sequence[Model]) -> Comparison:
 
 
 def _saw_images_of_another(entries: Sequence[Entry], k: int, others: Sequence[int]) -> bool:
-    """Whether some other entry saw enough of the images of entry k."""
+    """Whether another entry has enough images in common with entry k."""
     return any(len(common_rows([*entries[k].runs, *entries[j].runs])) for j in others if j != k)

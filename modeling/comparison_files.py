@@ -1,4 +1,4 @@
-"""Compare evaluated checkpoints: what the terminal prints, and the files of a comparison in traces/."""
+"""Compare evaluated checkpoints: write the page and the CSV files, and return the terminal's lines."""
 
 import hashlib
 import json
@@ -26,9 +26,9 @@ from modeling.stats.classes import class_scores
 
 @dataclass
 class Candidate:
-    """One evaluated checkpoint: its model in eval mode, the images that it saw and its predictions for them.
+    """One evaluated checkpoint: its model in eval mode, its images, and its predictions for them.
 
-    dataset is a name, with the revision where there is one.
+    dataset is a name, followed by @ and the revision if it has one.
     """
 
     name: str
@@ -77,7 +77,7 @@ def write_comparison(traces: Path, candidates: Sequence[Candidate], accelerator:
 
 
 def summarize_candidate(candidate: Candidate) -> Model:
-    """UserError: the checkpoint gives NaN or infinite logits."""
+    """Reduce a checkpoint's predictions. UserError: its logits are NaN or infinite."""
     answers = Answers(
         name=candidate.name,
         path=candidate.path,
@@ -93,13 +93,13 @@ def summarize_candidate(candidate: Candidate) -> Model:
 
 
 def measure_costs(candidates: Sequence[Candidate], accelerator: Accelerator) -> Costs:
-    """Measure the speed of all models in turns, on one process; the other costs are known."""
+    """Measure the speed of all models in turns, if there is one process. Compute the other costs."""
     sizes = [candidate.header["preprocessing"]["image_size"] for candidate in candidates]
     device = accelerator.device
     speeds: list[Speed | None] = [None] * len(candidates)
     why_no_speed = ""
     if accelerator.num_processes > 1:
-        why_no_speed = "several processes shared the machine"
+        why_no_speed = "several processes share the machine"
     else:
         with accelerator.autocast():
             speeds = measure_speed(
@@ -129,13 +129,13 @@ def picture(images: Images, position: int) -> Image.Image:
 
 
 def pixel_digest(images: Images, position: int) -> bytes:
-    """Equal for equal pixels."""
+    """Return a hash of an image's pixels."""
     pixels, sizes = images.gather(torch.tensor([position]))
     return hashlib.blake2b(sizes.numpy().tobytes() + pixels.numpy().tobytes(), digest_size=16).digest()
 
 
 def read_curves(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, float]]]:
-    """The validation accuracy by epoch of each run whose metrics.jsonl stands where train.py put it."""
+    """Read the validation accuracy of each epoch, if metrics.jsonl is still where train.py wrote it."""
     curves = {}
     for candidate in candidates:
         run = candidate.header["arguments"]["run_name"]

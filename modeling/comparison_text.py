@@ -65,7 +65,7 @@ def points_with_interval(interval: Interval) -> str:
 
 
 def p_text(p: float) -> str:
-    """ "< 0.001", "= 0.051"; four decimals where three would hide on which side of 0.05 it is."""
+    """Return "< 0.001" or "= 0.051". With four decimals if three would be 0.050, to show the side of 0.05."""
     if p < 0.001:
         return "< 0.001"
     return f"= {p:.4f}" if f"{p:.3f}" == "0.050" else f"= {p:.3f}"
@@ -76,7 +76,7 @@ def entry_name(entry: Entry) -> str:
 
 
 def ranking_lines(comparison: Comparison, costs: Costs) -> list[str]:
-    """The ranking as aligned columns. An empty cell: not known."""
+    """The ranking as aligned columns. A cell is empty if its value is not known."""
     heading = (
         "rank",
         "model",
@@ -129,17 +129,17 @@ def pair_line(comparison: Comparison, pair: Pair) -> str:
 
 
 def caution_lines(comparison: Comparison) -> list[str]:
-    """What the intervals do not cover, and who is not compared."""
+    """Say which intervals do not cover other seeds, and which models are not compared."""
     lines = []
     compared = [entry for entry in comparison.entries if entry.rank is not None]
     single = [entry.name for entry in compared if len(entry.runs) == 1]
     if len(compared) > 1 and len(single) == len(compared):
-        lines.append("one run of each: another seed moves a model too")
+        lines.append("one run of each: another seed changes the accuracy too")
     elif len(compared) > 1 and single:
-        lines.append(f"one run of {' and '.join(single)}: another seed moves a model too")
+        lines.append(f"one run of {' and '.join(single)}: another seed changes the accuracy too")
     others = [entry.name for entry in comparison.entries if entry.rank is None]
     if others:
-        lines.append(f"not compared, for they saw other images or know other classes: {', '.join(others)}")
+        lines.append(f"not compared, because their images or classes differ: {', '.join(others)}")
     return lines
 
 
@@ -158,7 +158,7 @@ def _csv_text(columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Six significant digits; nothing where the value is not known or not defined."""
+    """Return six significant digits. An empty text if the value is not known or not defined."""
     return "" if value is None or np.isnan(value) else f"{value:.6g}"
 
 
@@ -188,14 +188,13 @@ def pairs_csv(comparison: Comparison) -> str:
 
 
 def class_metrics_csv(comparison: Comparison, scores: ClassScores) -> str:
-    """The text of class_metrics.csv: a row for each class with images and each entry.
+    """The text of class_metrics.csv: a row for each entry and each class that has images.
 
-    With several runs, means.
-
-    p and corrected_p are of no difference to the best entry in that class.
+    With several runs the values are means over the runs. p and corrected_p test whether the entry and the
+    best entry differ in that class.
     """
     shared = comparison.shared
-    # (K, C) each: the means over the runs of an entry
+    # precision and f1: a list over the entries of arrays (C,), each the mean over the entry's runs
     matrices = [
         [confusion_matrix(run.labels, run.predicted, len(shared.classes)) for run in runs]
         for runs in shared.runs
@@ -229,7 +228,7 @@ def class_metrics_csv(comparison: Comparison, scores: ClassScores) -> str:
 def label_suspects_csv(
     suspects: Sequence[Suspect], classes: Sequence[str], file_of_row: Callable[[int], str]
 ) -> str:
-    """The text of label_suspects.csv, the most suspect first. file_of_row: "" where there is no file."""
+    """The text of label_suspects.csv, the most suspect first. file_of_row returns "" for no file."""
     rows = [
         {
             "row": suspect.row,
@@ -238,7 +237,7 @@ def label_suspects_csv(
             "suggested": classes[suspect.suggested],
             "label_probability": _number(suspect.label_probability),
             "suggested_probability": _number(suspect.suggested_probability),
-            "reason": "all models contradict it"
+            "reason": "all models contradict the label"
             if suspect.twin is None
             else f"same picture as row {suspect.twin}",
         }

@@ -1,4 +1,4 @@
-"""What a model costs: time of the forward pass, arithmetic, parameters, size of the file, time to train."""
+"""The cost of a model: time and GFLOPs of the forward pass, parameters, file size, training time."""
 
 import statistics
 import time
@@ -20,8 +20,8 @@ ROUND_SECONDS = 0.3
 class Speed:
     """Milliseconds of the forward pass, each the median of the rounds.
 
-    batch_ms is of one image in a batch of 64; single_ms is of a batch of one image. spread is the slowest
-    round at batch 64 over the fastest one: far above 1 the machine was busy with something else.
+    batch_ms: time per image in a batch of 64. single_ms: time of a batch of one image. spread: time of the
+    slowest round at batch 64 divided by the fastest. Far above 1, the machine was busy with something else.
     """
 
     batch_ms: float
@@ -31,9 +31,9 @@ class Speed:
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one model. gflops: of the forward pass of one image, two operations for each multiply-add.
+    """The cost of one model. gflops counts the forward pass of one image, with two per multiply-add.
 
-    None: not known or, of speed, not measured.
+    None: the value is not known or was not measured.
     """
 
     parameters: int
@@ -45,9 +45,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Costs:
-    """The cost of each model by its name, and how speed was measured: "cpu, 2 threads, precision no".
+    """The cost of each model by its name. conditions: how speed was measured, "cpu, 2 threads, precision no".
 
-    why_no_speed says why it was not measured, and is empty where it was.
+    why_no_speed says why speed was not measured. It is empty if speed was measured.
     """
 
     by_name: dict[str, Cost]
@@ -63,7 +63,7 @@ def forward_flops(model: nn.Module, image_size: int) -> int:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    # The fused attention kernel counts as 0 on a CPU: the plain one does the same arithmetic.
+    # The counter does not see the fused attention kernel on a CPU. The plain one does the same arithmetic.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, image_size, image_size, device=device))
     model.train(was_training)
@@ -81,8 +81,8 @@ def measure_speed(
 ) -> list[Speed]:
     """Time the forward pass of each model in eval mode, on images of its size in pixels.
 
-    The models take turns: all are timed once in each round, so that a change of the machine's speed meets all
-    alike. The models keep the mode that they were in.
+    The models take turns: each round times every model once. So a change of the machine's speed affects all
+    models equally. Afterwards the models are in their former modes.
     """
     were_training = [model.training for model in models]
     inputs = [
@@ -110,10 +110,7 @@ def measure_speed(
 
 
 def _seconds_of_image(model: nn.Module, x: torch.Tensor, device: torch.device, least_seconds: float) -> float:
-    """Warm up, then run the batch again and again for at least `least_seconds`.
-
-    The time of one of its images.
-    """
+    """Return the time per image. Warm up, then repeat the batch for at least `least_seconds`."""
     started = time.perf_counter()
     for _ in range(WARMUP_BATCHES):
         model(x)
@@ -131,6 +128,6 @@ def _seconds_of_image(model: nn.Module, x: torch.Tensor, device: torch.device, l
 
 
 def _wait(device: torch.device) -> None:
-    """A GPU works while Python goes on: wait for it."""
+    """Wait until the GPU has finished. It works while Python continues."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The numeric path: train_step and predict. accelerate owns precision and gradient synchronisation."""
+"""One training step, and predictions. accelerate controls precision and gradient synchronisation."""
 
 import contextlib
 from collections.abc import Callable
@@ -51,13 +51,11 @@ def train_step(
 ) -> torch.Tensor:
     """Make one update from this process's micro-batches of a global batch of `num_images` images.
 
-    Losses are summed, then divided by the images of the global batch. So neither a short batch, nor
-    accumulation, nor the number of processes changes the weight of an image. Returns (2,) float64 on the
-    device: the sum of this process's losses and the number of images that it classified correctly. Gradients
-    stay until the next step.
+    Losses are summed, then divided by `num_images`. So every image has the same weight, also in a short
+    batch, with accumulation, and on several processes. Returns (2,) float64 on the device: the sum of this
+    process's losses and its number of correct images. The gradients stay until the next step, for the logs.
     """
-    # Dropout draws from torch's generator. It is seeded anew for each step, so no generator's state is ever
-    # saved.
+    # Dropout draws from torch's generator. Each step seeds it anew, so its state never has to be saved.
     torch.manual_seed(
         randomness.seed(step_settings.seed, randomness.DROPOUT, step, accelerator.process_index)
     )
@@ -68,24 +66,25 @@ def train_step(
 
     for number, batch in enumerate(micro_batches):
         batch = batch.to(accelerator.device)
-        if batch.features is not None:  # a frozen backbone's, computed before
+        if batch.features is not None:  # a linear probe: its frozen backbone ran before
             x, targets = batch.features, [(1.0, batch.labels)]
         else:
             x, targets = make_inputs(batch, epoch=epoch, step=step, step_settings=step_settings)
 
-        # Only the last micro-batch lets the processes exchange gradients: the others are added up locally.
+        # Micro-batches add their gradients up locally. After the last one the processes exchange the sums.
         is_last = number == len(micro_batches) - 1
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             logits = forward(model, x)  # (B, num_classes)
+            # (B,); with mixup or CutMix each image has two labels with weights
             losses = sum(
                 weight
                 * F.cross_entropy(
                     logits, labels, reduction="none", label_smoothing=step_settings.label_smoothing
                 )
                 for weight, labels in targets
-            )  # (B,)
+            )
             loss_sum = (losses * batch.weights).sum()
-            # DDP averages gradients over processes: multiply by their number, so that they add up.
+            # DDP averages the gradients of the processes. Their number turns the mean into a sum.
             accelerator.backward(loss_sum * (accelerator.num_processes / num_images))
 
         main_labels = max(targets, key=lambda target: target[0])[1]
@@ -99,7 +98,7 @@ def train_step(
 
 
 def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the logits (B, num_classes). UserError: batch normalisation has one number a channel."""
+    """Return the logits (B, num_classes). UserError: batch normalisation has one value per channel."""
     try:
         return model(x)
     except ValueError as error:
@@ -107,7 +106,7 @@ def forward(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
             raise
         raise UserError(
             f"batch normalisation cannot train on {len(x)} image of {x.shape[-1]} px: "
-            "use another --batch-size, so that no micro-batch has one image, or a larger --image-size"
+            "use another --batch-size (no micro-batch may have one image) or a larger --image-size"
         ) from error
 
 
@@ -116,8 +115,8 @@ def make_inputs(
 ) -> tuple[torch.Tensor, list[tuple[float, torch.Tensor]]]:
     """Augment, normalise and mix a batch.
 
-    Returns the model's input (B, 3, S, S) float32, and a list of (weight, labels (B,)): one entry, or two
-    where the batch mixes.
+    Returns the model's input (B, 3, S, S) float32, and a list of (weight, labels (B,)). The list has two
+    entries with mixup or CutMix, otherwise one.
     """
     x = augment(
         batch.images,
@@ -142,7 +141,7 @@ def make_inputs(
 
 
 class NonFiniteGuard:
-    """Remembers, on the device, the first step whose loss was not finite: no step waits for the device."""
+    """Notes the first step whose loss was not finite. The note stays on the device, so no step waits."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -153,17 +152,17 @@ class NonFiniteGuard:
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
 
     def check(self) -> None:
-        """All processes call this. FloatingPointError on each of them: one had a loss that was not finite."""
+        """All processes call this. FloatingPointError on all: one of them had a loss that was not finite."""
         step = int(self.accelerator.gather(self.first_bad_step[None]).max())
         if step >= 0:
             raise FloatingPointError(f"the loss was not finite at step {step}: {NOT_FINITE_HELP}")
 
 
 def fix_ddp_bucket_order(accelerator: Accelerator, model: nn.Module, image_size: int) -> None:
-    """Let DDP choose the order of its gradient buckets now.
+    """Make DDP choose the order of its gradient buckets now.
 
-    By itself it does so after the first step, so that a run resumed there would add gradients up in another
-    order, and end with other last bits.
+    By default DDP reorders the buckets after the first step. A resumed run would reorder them at another
+    step, add gradients in another order, and differ in the last bits.
     """
     if accelerator.num_processes > 1:
         model.eval()
@@ -177,8 +176,8 @@ def fix_ddp_bucket_order(accelerator: Accelerator, model: nn.Module, image_size:
 class Predictions:
     """A model's answers for N images, on the CPU.
 
-    rows (the image's row in its split), labels and predicted are (N,) int64; probabilities (N, C) and losses
-    (N,) float32.
+    rows (N,) int64: each image's row in its split. labels and predicted (N,) int64: class numbers.
+    logits and probabilities (N, C) float32. losses (N,) float32, in nats.
     """
 
     rows: torch.Tensor
@@ -207,20 +206,20 @@ def predict(
     progress: Callable[[int], None] | None = None,
     features: torch.Tensor | None = None,
 ) -> Predictions:
-    """Run the model in eval mode over all images, and leave it in the mode that it was in.
+    """Run the model in eval mode over all images, then restore its former mode.
 
-    Processes take turns with the batches that one process would make, and each gets the predictions of all
-    images, in order. features (N, D): the model takes these in place of pixels. progress(n) is called equally
-    often on every process, with the number of images that all of them have done. The model must not be
-    wrapped by DDP, whose processes wait for each other.
+    The batches are the same as on one process. Process r of P takes batches r, r + P, r + 2 P, and so on.
+    Every process returns the predictions of all images, in order. features (N, D): if given, the model takes
+    these instead of pixels. progress(n) is called equally often on every process; n counts the images that
+    all processes did in one turn. The model must not be wrapped by DDP: its processes would wait for each
+    other, and some have one batch fewer.
     """
     device = accelerator.device if accelerator else next(model.parameters()).device
     rank, world_size = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     was_training = model.training
     model.eval()
-    if (
-        world_size > 1
-    ):  # batch normalisation has seen other images on each process: use the main one's averages
+    if world_size > 1:
+        # Batch normalisation saw other images on each process: take the main process's running averages.
         for buffer in model.buffers():
             buffer.copy_(broadcast(buffer.clone()))
 
@@ -260,7 +259,8 @@ def _gather_in_order(
 ) -> torch.Tensor:
     """Return the logits (N, C) of all processes, in the order of the images.
 
-    A gather takes as many rows from each process, so the shorter ones are filled up with rows of position -1.
+    A gather needs equally many rows on each process. Missing rows are filled in with position -1, then
+    dropped.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return torch.cat(logits)
@@ -288,7 +288,7 @@ def evaluate_model(
     features: torch.Tensor | None = None,
     split: str = "evaluation",
 ) -> dict[str, float]:
-    """Return the metrics of metrics.NAMES of a model on images. The arguments are those of predict.
+    """Return the metrics (metrics.NAMES) of a model on images. For the other arguments see predict.
 
     FloatingPointError, which names `split`, on every process: the loss of an image is not finite.
     """

@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user."""
+"""The exception for errors of the user."""
 
 
 class UserError(ValueError):

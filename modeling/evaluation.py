@@ -18,7 +18,7 @@ from modeling.progress import Progress
 from modeling.run import checkpoint
 from modeling.run.launch import make_accelerator, on_main_process
 
-load_source = functools.cache(load_source)  # several checkpoints of one dataset load it once
+load_source = functools.cache(load_source)  # load a dataset once, even for several checkpoints
 
 
 def build_parser(description: str = "") -> cli.Parser:
@@ -40,7 +40,7 @@ def build_parser(description: str = "") -> cli.Parser:
     inputs.add_argument(
         "--split",
         choices=SPLITS,
-        help="the images to evaluate on (default: test where the dataset has one, else validation)",
+        help="the images to evaluate on (default: test if the dataset has one, otherwise validation)",
     )
     inputs.add_argument(
         "--limit-eval",
@@ -66,7 +66,7 @@ def build_parser(description: str = "") -> cli.Parser:
 
 
 def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> list[int]:
-    """Return the checkpoint's number of each class of the dataset. Classes are matched by name.
+    """Return for each class of the dataset its number in the checkpoint. Classes are matched by name.
 
     UserError: the checkpoint lacks a class of the dataset.
     """
@@ -79,10 +79,10 @@ def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> 
             "choose a dataset with these classes by --dataset"
         )
     if source.classes != checkpoint_classes:
-        message = f"{source.name} has its classes in another order or number than {path}: matched by name"
+        message = f"{source.name} and {path} have different lists of classes: they are matched by name"
         absent = [name for name in checkpoint_classes if name not in source.classes]
         if absent:
-            message += f"; it lacks {', '.join(map(repr, absent))}"
+            message += f"; the dataset lacks {', '.join(map(repr, absent))}"
         print(message)
     return [checkpoint_classes.index(name) for name in source.classes]
 
@@ -121,7 +121,7 @@ class Evaluation:
 
     @property
     def dataset(self) -> str:
-        """The dataset's name, with the revision where there is one."""
+        """The dataset's name, followed by @ and the revision if it has one."""
         return self.source.name + (f"@{self.source.revision}" if self.source.revision else "")
 
     def decode(self, *, num_workers: int, store_limit: float) -> Images:
@@ -137,8 +137,8 @@ class Evaluation:
         )
 
     def run(self, images: Images, *, accelerator: Accelerator, batch_size: int) -> Candidate:
-        """Predict the classes of the images, whose labels are the dataset's class numbers."""
-        # From here on the labels are the checkpoint's class numbers.
+        """Predict the classes of the images."""
+        # Convert the labels from the dataset's class numbers to the checkpoint's.
         labels = images.labels.new_tensor(self.class_numbers)[images.labels]
         images = dataclasses.replace(images, labels=labels, classes=self.header["classes"])
         model, header = checkpoint.load_model(self.path)
@@ -185,7 +185,7 @@ class Evaluation:
 
 
 def decode_once(evaluations: list[Evaluation], *, num_workers: int, store_limit: float) -> list[Images]:
-    """Decode the images of each evaluation. Those that need the same images share them."""
+    """Decode the images of each evaluation. Evaluations that need the same images share them."""
     decoded: dict[tuple, Images] = {}
     images = []
     for evaluation in evaluations:
@@ -198,7 +198,7 @@ def decode_once(evaluations: list[Evaluation], *, num_workers: int, store_limit:
 
 
 def output_names(paths: list[Path]) -> list[str]:
-    """The names of the checkpoints' output files: the run's name, or the file's stem where two share a run.
+    """Return a name for each checkpoint's output files: its run's name, or its file's if two share a run.
 
     UserError: two checkpoints have the same name.
     """
@@ -207,7 +207,7 @@ def output_names(paths: list[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise UserError(
             f"two checkpoints would write the same files: {', '.join(map(str, paths))}; "
-            "evaluate them one by one"
+            "evaluate them one by one, each with its own --output-dir"
         )
     return names
 
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None, description: str = __doc__) -> int:
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     traces = args.output_dir / "traces"
     on_main_process(accelerator, lambda: cli.check_output_dir(args.output_dir, "traces"))
-    report.read_metrics_csv(traces / "metrics.csv")  # raises before any work if the file is not ours
+    report.read_metrics_csv(traces / "metrics.csv")  # raise UserError before any work
     evaluations = [
         Evaluation(name, path, dataset=args.dataset, split=args.split, limit_eval=args.limit_eval)
         for name, path in zip(output_names(args.ckpt), args.ckpt, strict=True)

@@ -6,9 +6,10 @@ from typing import Any
 from modeling.answers import Model
 from modeling.compare import Entry
 
-# The header's parts that are shown, in this order. The architecture itself is what is compared.
+# The parts of the header that the page shows, in this order. It omits the architecture, which the user
+# compares.
 _PARTS = ("weights", "preprocessing", "arguments", "dataset", "versions")
-# Names, and what is shown elsewhere on the page.
+# Values that the page does not list, because they are names or appear elsewhere.
 _HIDDEN = {"run_name", "model", "name", "revision", "dataset"}
 _LABELS = {
     "source": "weights",
@@ -21,7 +22,7 @@ _LABELS = {
 
 
 def settings(model: Model) -> dict[str, str]:
-    """What the checkpoint's header says of its training, as text by label."""
+    """Return what the header records about the training: label -> value, as text."""
     header = model.header
     result: dict[str, str] = {}
     for part in _PARTS:
@@ -41,7 +42,7 @@ def settings(model: Model) -> dict[str, str]:
 
 
 def value_text(value: Any) -> str:
-    """A header's value as a person reads it."""
+    """Format a value of the header for people."""
     if value is None:
         return "none"
     if value is True or value is False:
@@ -54,9 +55,9 @@ def value_text(value: Any) -> str:
 
 
 def compare_settings(entries: Sequence[Entry]) -> tuple[list[tuple[str, list[str]]], list[tuple[str, str]]]:
-    """Return (label, value of each entry) where entries differ, and (label, value) where they are the same.
+    """Return the differing settings (label, value of each entry) and the common ones (label, value).
 
-    Where the runs of one entry differ, say in their seeds, its value lists them all.
+    If the runs of one entry differ, for example in the seed, its value lists them all.
     """
     of_entries = []
     for entry in entries:

@@ -23,17 +23,16 @@ from modeling.data.resize import Preprocessing, preprocess
 from modeling.errors import UserError
 from modeling.models.backbones import ViTLinearProbe
 
-# The source files that decide what a view and its features are. A change of one makes the kept features
-# stale.
+# The source files that compute views and features. If one changes, kept features are computed anew.
 _CODE = ("data/augment.py", "data/randaugment.py", "data/resize.py", "randomness.py", "models/backbones.py")
 
 
 class FeatureViews:
-    """The views of one split's images, a file for each: (N, D) float32, mapped into memory.
+    """The features of one split: a file for each view, (N, D) float32, mapped into memory.
 
-    A view is computed as a whole, in the same batches as a run without kept features would use, so its bits
-    are the same. It is written to a temporary file that is renamed when it is complete. The folder's name is
-    a hash of all that the bits depend on: the backbone's weights, the images, `content` (preprocessing,
+    A view is computed as a whole, in the same batches as in a run without kept features, so its bits are the
+    same. It is written to a temporary file, which is renamed when it is complete. The folder's name is a hash
+    of everything that the bits depend on: the backbone's weights, the images, `content` (preprocessing,
     augmentation, seed, batches), the hardware, precision, threads, versions and source code.
     """
 
@@ -59,9 +58,8 @@ class FeatureViews:
         path = self.folder / name
         is_missing = not path.is_file() or path.stat().st_size != 4 * self.shape[0] * self.shape[1]
         missing = torch.tensor([is_missing], device=self.accelerator.device)
-        if bool(
-            self.accelerator.gather(missing).any()
-        ):  # on one machine of many is enough: all compute it together
+        # If the file is missing on any machine, all processes compute it together.
+        if bool(self.accelerator.gather(missing).any()):
             self._compute(path, batches())
             self.accelerator.wait_for_everyone()
         self.opened_name, self.opened = name, self._map(path)
@@ -74,9 +72,9 @@ class FeatureViews:
         )
 
     def _compute(self, path: Path, batches: Iterator["FeatureBatch"]) -> None:
-        """Compute the features of this process's batches, and write those of all processes.
+        """Compute the features of this process's batches, gather those of all processes, and write a file.
 
-        Each process writes a file, for each may have a cache of its own.
+        Each process writes a file, because the processes may have different cache folders.
         """
         temporary = _create_file(path, num_bytes=4 * self.shape[0] * self.shape[1])
         try:
@@ -91,7 +89,7 @@ class FeatureViews:
             temporary.unlink(missing_ok=True)
 
     def _gather(self, positions: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the positions (B,) and features (B, D) of all processes, without the rows of position -1."""
+        """Gather the positions (B,) and features (B, D) of all processes. Drop the rows with position -1."""
         positions = positions.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             positions = self.accelerator.pad_across_processes(positions, pad_index=-1)
@@ -110,7 +108,7 @@ class FeatureBatch:
 
 
 class ProbeFeatures:
-    """The kept features of a linear probe's run. num_views: views of train, 0 for one an epoch."""
+    """The kept features of a linear probe's run. num_views counts the views of train; 0: one per epoch."""
 
     def __init__(
         self,
@@ -148,9 +146,9 @@ class ProbeFeatures:
         return self.views["validation"].folder.parent
 
     def of_epoch(self, epoch: int, on_batch: Callable[[], None]) -> torch.Tensor | None:
-        """Return the training images' features (N, D) in the view of `epoch`; None where batches mix.
+        """Return the training images' features (N, D) in the view of `epoch`. None: mixup or CutMix is on.
 
-        on_batch is called after each step's batches while a view is computed, equally often on every process.
+        While a view is computed, on_batch is called after each step, equally often on every process.
         """
         if "train" not in self.views:
             return None
@@ -158,12 +156,12 @@ class ProbeFeatures:
         return self.views["train"].open(f"view_{view}", lambda: self._training_batches(view, on_batch))
 
     def of_split(self, split: str, batch_size: int) -> torch.Tensor:
-        """Return the features (N, D) of a split as evaluation computes them, in batches of `batch_size`."""
+        """Return the features (N, D) of a split without augmentation, in batches of `batch_size`."""
         name = f"evaluation_{batch_size}"
         return self.views[split].open(name, lambda: self._evaluation_batches(split, batch_size))
 
     def _training_batches(self, view: int, on_batch: Callable[[], None]) -> Iterator[FeatureBatch]:
-        """The micro-batches of epoch number `view` on this process."""
+        """Yield this process's micro-batches of epoch number `view`."""
         images = self.views["train"].images
         steps = training_steps(
             images,
@@ -190,7 +188,7 @@ class ProbeFeatures:
             on_batch()
 
     def _evaluation_batches(self, split: str, batch_size: int) -> Iterator[FeatureBatch]:
-        """Yield this process's turns of engine.predict's batches; in a turn without one, no image."""
+        """Yield this process's share of engine.predict's batches. A turn without a batch has position -1."""
         images, processes = self.views[split].images, self.accelerator.num_processes
         batches = torch.arange(len(images)).split(batch_size)
         for start in range(0, len(batches), processes):
@@ -203,7 +201,7 @@ class ProbeFeatures:
 
 
 def _create_file(path: Path, num_bytes: int) -> Path:
-    """Write a temporary file of zeros beside `path`, so that a full disk is an error before any work."""
+    """Write a temporary file of zeros beside `path`. So a full disk raises an error before any work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -212,7 +210,9 @@ def _create_file(path: Path, num_bytes: int) -> Path:
         return Path(file.name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, f"{error.strerror}, where features are kept", str(path)) from error
+            raise OSError(
+                error.errno, f"{error.strerror} in the folder of kept features", str(path)
+            ) from error
         raise UserError(
             f"cannot keep features in {path.parent}: {error.strerror or error}; "
             "set HF_DATASETS_CACHE to a folder that can be written"
@@ -229,7 +229,7 @@ def _backbone_digest(probe: ViTLinearProbe) -> str:
 
 
 def _environment(accelerator: Accelerator) -> list[Any]:
-    """The hardware, settings and versions that the last bit of a feature depends on."""
+    """List the hardware, settings and versions that can change the last bit of a feature."""
     on_gpu = accelerator.device.type == "cuda"
     return [
         torch.cuda.get_device_name(accelerator.device) if on_gpu else torch.backends.cpu.get_cpu_capability(),

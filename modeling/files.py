@@ -54,7 +54,7 @@ def open_safetensors(path: Path):
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Give a temporary binary file to write, and rename it to `path` when the block ends.
+    """Yield a temporary binary file to write. Rename it to `path` when the block ends.
 
     The file is flushed to disk before it is renamed, so a reader never sees half a file. After an error
     `path` is unchanged. An OSError names a file.

@@ -21,7 +21,7 @@ ANSWER_SECONDS = 5
 QUIET_ANSWERS = 5
 RETRY_WAITS = (1, 2, 4)  # seconds between the tries
 WAYS_OUT = {
-    "dataset": "give --dataset digits or a local folder (there is none of that name here)",
+    "dataset": "give --dataset digits or a local folder (no folder has this name)",
     "model": "give --weights FILE.safetensors, or --weights none for random ones",
 }
 _is_command = False  # inside one_command()
@@ -48,15 +48,14 @@ def download(
 
     repo_type is "dataset" or "model". revision is a branch, tag or commit; None means main. files are
     patterns such as "*.json"; None means all files. Cached files are not downloaded again. Only the cache is
-    used when the hub does not answer or HF_HUB_OFFLINE is set. One process downloads while the others wait
-    for its file lock; they do not wait in a collective operation. UserError: the files are not available; it
-    says why and what to do.
+    used when the hub does not answer or HF_HUB_OFFLINE is set. One process downloads; the others wait for its
+    file lock, not in a collective operation, which could time out. UserError: the files are not available.
     """
     try:
         with one_command():
             return _download(repo_id, repo_type=repo_type, revision=revision, files=files)
     except errors.HFValidationError as failure:
-        raise UserError(f"{repo_type} {repo_id!r} is no name of the hub, such as owner/name") from failure
+        raise UserError(f"{repo_type} {repo_id!r} is not a hub name like owner/name") from failure
 
 
 def _download(repo_id: str, *, repo_type: str, revision: str | None, files: list[str] | None) -> Path:
@@ -89,7 +88,7 @@ def _download(repo_id: str, *, repo_type: str, revision: str | None, files: list
             else "unset it to download"
         )
         raise UserError(
-            f"{name} cannot be had from the hub: {_reason(error)}; {network}, or {WAYS_OUT[repo_type]}"
+            f"{name} is not available from the hub: {_reason(error)}; {network}, or {WAYS_OUT[repo_type]}"
         ) from error
 
 
@@ -178,7 +177,7 @@ def _impatient() -> Iterator[None]:
 class _Bar(tqdm):
     """Show one of the library's three progress bars: the bytes, on a terminal, after the first second.
 
-    The library chooses the arguments, so they are passed on to tqdm as they come.
+    The library chooses the other arguments. They are passed on to tqdm unchanged.
     """
 
     def __init__(self, *args, **kwargs):
@@ -202,13 +201,13 @@ def _reason(error: Exception | None) -> str:
     """Say in a few words why a download failed. None: the hub was not asked."""
     cause = error if isinstance(error, errors.HfHubHTTPError) else getattr(error, "__cause__", None) or error
     if cause is None:
-        return "HF_HUB_OFFLINE is set, and not all of it is cached"
+        return "HF_HUB_OFFLINE is set, and some of its files are not cached"
     if isinstance(cause, errors.RevisionNotFoundError):
         return "it has no such revision"
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         return f"the hub answered {status}" + (
-            ", so there is none of that name, or it needs a token" if status in (401, 403, 404) else ""
+            ", so the name does not exist or needs a token" if status in (401, 403, 404) else ""
         )
     if isinstance(cause, (httpx2.TimeoutException, errors.OfflineModeIsEnabled)):
         return "the hub does not answer"

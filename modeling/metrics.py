@@ -20,7 +20,7 @@ _PROBABILITIES = {
 
 
 class _Metric(evaluate.Metric):
-    """The base of our metrics. The docstring of a subclass becomes the description of the metric."""
+    """The base class of our metrics. A subclass's docstring becomes the metric's description."""
 
     inputs = _PREDICTIONS
 
@@ -50,7 +50,7 @@ class BalancedAccuracy(_Metric):
 
 
 class Top5Accuracy(_Metric):
-    """The share of images whose true class is among the five most probable; 1 with five classes or fewer."""
+    """The share of images whose true class is among the five most probable. With up to five classes: 1."""
 
     inputs = _PROBABILITIES
 
@@ -66,7 +66,7 @@ class Top5Accuracy(_Metric):
 class F1(_Metric):
     """The mean F1 score over the classes that are true or predicted.
 
-    The macro mean weighs all classes alike; the weighted mean weighs a class by its number of images.
+    The macro mean gives all classes the same weight. The weighted mean weights a class by its images.
     """
 
     def _compute(self, predictions, references):
@@ -78,8 +78,8 @@ class F1(_Metric):
 class McNemar(evaluate.Comparison):
     """McNemar's test of two models on the same images, with the two-sided mid-p value.
 
-    difference is the accuracy of predictions1 minus that of predictions2; only1 and only2 count the images
-    that one of them has right and the other wrong.
+    difference is the accuracy of predictions1 minus the accuracy of predictions2. only1 counts the images
+    that only predictions1 has right, only2 those that only predictions2 has right.
     """
 
     def __init__(self):
@@ -112,7 +112,7 @@ def compute(predictions) -> dict[str, float]:
     combined.add_batch(
         predictions=predictions.predicted.numpy(),
         references=predictions.labels.numpy(),
-        probabilities=predictions.logits.numpy(),  # ranked; rounded probabilities would make ties
+        probabilities=predictions.logits.numpy(),  # same order; rounded probabilities can be equal
     )
     scores = combined.compute()
     scores["loss"] = float(predictions.losses.double().mean())

@@ -1,5 +1,5 @@
 'use strict';
-// Without this script the page is complete. It sorts tables, filters pictures, and switches matrices: nothing else.
+// The page is complete without this script. The script sorts tables, filters pictures and switches matrices.
 const byId = id => document.getElementById(id), all = (selector, root = document) => [...root.querySelectorAll(selector)];
 document.documentElement.classList.add('js');
 all('[data-needs-js]').forEach(element => { element.hidden = false; });

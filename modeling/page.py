@@ -1,8 +1,8 @@
-"""The comparison page: one HTML file that needs no network and no script, computed from an Analysis.
+"""The comparison page: one HTML file, computed from an Analysis. It works without network and without script.
 
-The template is page.html.j2, with page.css and page.js. Its policy (CSP) forbids every request, and every
-script but page.js, whose hash it names. jinja2 escapes every name. So no class name
-and no file name can do anything.
+The template is page.html.j2, with page.css and page.js. The page's content security policy (CSP) forbids
+every request, and every script except page.js. jinja2 escapes every name. So the name of a class or a file
+cannot inject code.
 """
 
 import base64
@@ -34,8 +34,8 @@ from modeling.pages.words import (
 )
 
 LARGEST_PAGE = 3_000_000  # bytes
-PICTURES = (250, 120, 60, 24, 0)  # as many as fit
-LONGEST_TITLE = 300  # letters of a name in an attribute
+PICTURES = (250, 120, 60, 24, 0)  # numbers of pictures to try, until the page is small enough
+LONGEST_TITLE = 300  # letters of a name in an HTML attribute
 _FOLDER = Path(__file__).parent
 
 
@@ -51,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Picture:
-    """A tile of section 5; right and predicted are for the script's filters."""
+    """A picture of section 5. right, predicted and kinds are for the script's filters."""
 
     row: int
     source: str
@@ -65,7 +65,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class SuspectPicture:
-    """A tile of section 8."""
+    """A picture of section 8."""
 
     row: int
     source: str
@@ -76,9 +76,9 @@ class SuspectPicture:
 
 
 def render(analysis: Analysis, picture_of_row: PictureOfRow, footer: str) -> str:
-    """Return the page's HTML, at most 3 MB: with fewer pictures where it would be larger.
+    """Return the page's HTML. If it is larger than 3 MB, render it with fewer pictures.
 
-    picture_of_row gives the picture of a row of the shared images.
+    picture_of_row returns the picture of an image, given its row in the split.
     """
     template = _environment().get_template("page.html.j2")
     values = _values(analysis) | {"footer": footer}
@@ -123,7 +123,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _values(analysis: Analysis) -> dict[str, object]:
-    """The template's variables, all but the pictures and the footer."""
+    """The template's variables, except the pictures and the footer."""
     script = (_FOLDER / "page.js").read_text()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shared = analysis.shared

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # otherwise the profiler logs each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # keep the profiler from logging each start and stop
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,7 @@ from modeling.run.launch import make_accelerator, precision_text, refuse_process
 from modeling.run.process import process_as_it_was
 
 WARMUP_STEPS = 3
-TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
+TRACED_STEPS = 5  # the trace of a step takes megabytes, and all steps run the same operators
 DATA_STEPS = 10
 
 COLUMNS = (
@@ -53,7 +53,7 @@ COLUMNS = (
 def full_steps(
     images: Images, *, seed: int, batch_size: int, mix: bool
 ) -> Iterator[tuple[int, int, list[Batch]]]:
-    """(step, epoch, micro-batches) without end, only batches of `batch_size`."""
+    """Yield (step, epoch, micro-batches) without end. Skip batches with fewer than `batch_size` images."""
     step = epoch = 0
     while True:
         for micro_batches in training_steps(images, seed=seed, epoch=epoch, batch_size=batch_size, mix=mix):
@@ -81,13 +81,13 @@ def profile_model(
 ) -> dict[str, Any]:
     """Warm up, time `num_steps` training steps without a profiler, then trace a few with one.
 
-    Return a row of COLUMNS. GFLOPs are of the forward pass of one image. Step times are in ms,
-    from the images in memory to the updated weights. Peak memory is in MB (10**6 bytes): weights,
-    gradients, optimizer state and activations, but not the stored images. `data_share` is the share
-    of the step before the model can start: gather the batch, move it to the device, augment and normalise it.
+    Return a row of COLUMNS. GFLOPs count the forward pass of one image. A step time (ms) runs from the
+    images in memory to the updated weights. Peak memory (10**6 bytes) includes weights, gradients, optimizer
+    state and activations, but not the stored images. `data_share` is the share of the step time that passes
+    before the model starts: gather the batch, move it to the device, augment and normalise it.
 
     With `output_dir`, write profiler_trace_{name}.json for Perfetto or chrome://tracing, and the table of
-    operators profiler_stats_{name}.txt. UserError: there are fewer images than a batch holds.
+    operators profiler_stats_{name}.txt. UserError: there are fewer images than a batch needs.
     """
     if len(images) < batch_size:
         raise UserError(
@@ -136,7 +136,8 @@ def profile_model(
         "trainable_parameters": trainable,
         "forward_gflops": forward_flops(raw_model, size) / 1e9,
         "step_ms_median": median * 1e3,
-        "step_ms_p95": sorted(step_seconds)[max(0, -(-95 * num_steps // 100) - 1)] * 1e3,  # the nearest rank
+        "step_ms_p95": sorted(step_seconds)[max(0, -(-95 * num_steps // 100) - 1)]
+        * 1e3,  # nearest-rank percentile
         "images_per_second": batch_size / median,
         "peak_memory_mb": peak_bytes / 1e6,
         "data_share": min(1.0, statistics.median(data_seconds) / median),
@@ -159,7 +160,7 @@ def _trace(
     device: torch.device,
     folder: Path | None,
 ) -> int:
-    """Trace TRACED_STEPS steps, write what the profiler saw, and give the peak memory in bytes."""
+    """Trace TRACED_STEPS steps, write the trace and the table, and return the peak memory in bytes."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     if on_gpu:
@@ -198,7 +199,7 @@ def _write_trace(profiler: profile, path: Path) -> None:
 
 
 def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
-    """Bytes of the tensors that live through a step: weights, buffers and the optimizer's state."""
+    """Count the bytes of the tensors that stay after a step: weights, buffers and the optimizer's state."""
     states = [
         value
         for state in optimizer.state.values()
@@ -211,7 +212,7 @@ def _resident_bytes(model: nn.Module, optimizer: Any) -> int:
 
 
 def _peak_of_trace(profiler: profile) -> int:
-    """The most bytes allocated at once in the trace. A step first frees the previous step's gradients."""
+    """Return the largest sum of bytes allocated in the trace. Each step frees the last one's gradients."""
     live = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -246,7 +247,7 @@ def build_parser(description: str = "") -> cli.Parser:
     workload.add_argument(
         "--image-size",
         type=cli.POSITIVE_INT,
-        help="input height and width in pixels (default: the pretrained backbone's, else the images')",
+        help="input height and width in pixels (default: the pretrained backbone's, or the images' own)",
     )
     workload.add_argument(
         "--recipe",

@@ -1,4 +1,4 @@
-"""Progress with a rate and an ETA."""
+"""Show progress, with the rate and the time left."""
 
 import sys
 import time
@@ -7,14 +7,14 @@ from tqdm import tqdm
 
 from modeling.run.launch import is_main_process
 
-LOG_SECONDS = 30  # between two lines where there is no terminal
+LOG_SECONDS = 30  # between two lines, if there is no terminal
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere a line on standard error every LOG_SECONDS.
+    """A progress bar on a terminal, otherwise a line on standard error every LOG_SECONDS.
 
-    `total` counts units of the whole job, `done` those of an earlier run that this one resumes. Only the main
-    process shows progress, unless `everywhere` is set.
+    `total` is the number of units (such as images) of the whole job. `done` units were done before the job
+    was resumed. Only the main process shows progress, unless `everywhere` is set.
     """
 
     def __init__(

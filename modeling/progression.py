@@ -1,4 +1,4 @@
-"""What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
+"""Everything that changes during a run: state, sums of the epoch, logs, kept features."""
 
 import time
 
@@ -14,7 +14,7 @@ EVAL_BATCH_SIZE = 64  # images
 
 
 class Progression:
-    """What changes while a run goes on: its state, the sums of the epoch, the logs, the kept features."""
+    """Everything that changes during a run. The constructor restores a state, or begins the run."""
 
     def __init__(self, run: Run, run_lock: lock.Lock):
         settings = run.settings
@@ -36,7 +36,7 @@ class Progression:
         self.state, self.totals = state.restore_or_begin(
             self.states, run.files, resume=settings.resume, force=settings.force
         )
-        is_recorded = self.state.finished or self.state.num_seen == 0  # the log has its last step's records
+        is_recorded = self.state.finished or self.state.num_seen == 0  # the last step is already in the log
         state.apply_forced_arguments(
             self.state,
             self.totals,
@@ -46,7 +46,7 @@ class Progression:
             num_train_images=run.num_train_images,
             arguments_differ=self.states.arguments_differ,
         )
-        self.probe_features = open_features(run)  # of the backbone that was just restored
+        self.probe_features = open_features(run)  # after restoring, because they depend on the backbone
         self.tracker = tracking.Tracker(
             run.files.logs,
             enabled=run.accelerator.is_main_process,
@@ -63,14 +63,14 @@ class Progression:
 
     def save(self) -> None:
         """Save a state to resume from. All processes call this; the main one writes."""
-        self.run.guard.check()  # a state with a loss that was not finite is worth nothing
+        self.run.guard.check()  # never save weights after a loss that was not finite
         self.lock.check()
         self.state.log_bytes = self.tracker.flush()
         self.state.seconds = time.monotonic() - self.started
         self.states.save(self.state, self.totals)
 
     def features_of(self, split: str) -> torch.Tensor | None:
-        """The kept features (N, D) of a split for evaluation; None for a model that is not a probe."""
+        """The kept features (N, D) of a split for evaluation. None: the model is no linear probe."""
         return self.probe_features.of_split(split, EVAL_BATCH_SIZE) if self.probe_features else None
 
 
@@ -79,7 +79,7 @@ def may_differ_on_resume(flag: str) -> bool:
 
 
 def open_features(run: Run) -> features.ProbeFeatures | None:
-    """The kept features of a linear probe; None for any other model."""
+    """Open the kept features of a linear probe. None: the model is no linear probe."""
     if not isinstance(run.raw_model, models.ViTLinearProbe):
         return None
     probe_features = features.ProbeFeatures(
@@ -94,5 +94,5 @@ def open_features(run: Run) -> features.ProbeFeatures | None:
         num_views=run.settings.feature_views,
         mixes=run.step_settings.mixes,
     )
-    print(f"features   are kept in {probe_features.folder}", flush=True)
+    print(f"features   kept in {probe_features.folder}", flush=True)
     return probe_features

@@ -10,7 +10,7 @@ import torch
 
 # The purpose of a number. It is always the key after the seed, so that no two purposes share a stream.
 ORDER, SPLIT, SUBSET, AUGMENT, MIX, DROPOUT, INIT = range(7)
-BOOTSTRAP, HONEST, FOLD, PICTURE = range(7, 11)  # of a comparison: see modeling/stats and modeling/page.py
+BOOTSTRAP, HONEST, FOLD, PICTURE = range(7, 11)  # for comparisons: modeling/stats and modeling/pages
 
 
 def _signed(value: int) -> int:
@@ -39,7 +39,7 @@ def bits(*keys: int | torch.Tensor) -> torch.Tensor:
 
     A key is an integer or an int64 tensor.
     """
-    # The state is a Python integer, which is faster, until the first key that is a tensor.
+    # The state is a Python integer until the first key that is a tensor, because integers are faster.
     state: int | torch.Tensor = 0
     for key in keys:
         state = _mix(state ^ (key if isinstance(key, torch.Tensor) else _signed(key))) + _GAMMA

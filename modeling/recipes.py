@@ -1,7 +1,8 @@
 """One frozen Recipe per model and size.
 
-`--recipe reference` is the recipe that a model was published with in two notebooks. `--recipe tuned` is our
-best for the same budget, and equals it until it has been tuned. A flag that the user gives always wins.
+`--recipe reference` is the recipe of the notebook that published the model. `--recipe tuned` is our best
+recipe for the same budget; a model without a tuned recipe uses the reference. A flag that the user gives
+always wins.
 """
 
 import dataclasses
@@ -10,17 +11,17 @@ from typing import Any
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-LARGE = 128  # from this size on a model from scratch takes its 224 px form
+LARGE = 128  # pixels; from this size on, models from scratch use the recipe of 224 px images
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained: lr as the optimizer takes it, batch_size in images over all processes.
+    """How a model is trained. batch_size counts the images of all processes.
 
     mean and std normalise pixels in 0..1 for models from scratch; pretrained backbones bring their own.
     model_args go to the model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off.
-    feature_views is of a frozen backbone: how many augmented views of each training image it sees, in turn; 0
-    is one an epoch.
+    feature_views, for a frozen backbone: the number of augmented views of each training image. The epochs use
+    them in turn. 0: each epoch has a new view.
     """
 
     optimizer: str
@@ -44,8 +45,8 @@ class Recipe:
 
 _CNN_SMALL = dict(channels=(32, 64), batch_norm=False, pool=None, kaiming=False, head_dropout=0.0)
 
-# (model, "small" or "large" images, or "any"). Measured figures are JPEG CIFAR-10 where they say so: see
-# README.md, "Measured".
+# The keys are (model, image size), where the size is "small", "large" or "any". The accuracies below are the
+# notebooks'. Ours are in README.md, "Results".
 REFERENCE: dict[tuple[str, str], Recipe] = {
     # SimpleCNN, STL-10 notebook: 20 epochs, no accuracy published.
     ("cnn", "any"): Recipe(
@@ -84,7 +85,7 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         batch_size=32,
         augment="light",
     ),
-    # CIFAR-10 notebook, ImageNet weights, 224 px: 0.9223 after 3 epochs. AdamW's own default weight decay.
+    # CIFAR-10 notebook, ImageNet weights, 224 px: 0.9223 after 3 epochs. The weight decay is AdamW's default.
     ("deit", "any"): Recipe(optimizer="adamw", lr=3e-4, weight_decay=0.01, epochs=3, batch_size=64),
     # CIFAR-10 notebook: 0.6136 after 10 epochs.
     ("vit_scratch", "small"): Recipe(
@@ -96,8 +97,8 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
             dim=128, depth=6, num_heads=4, mlp_dim=512, activation="gelu", attention_dropout=0.1, dropout=0.0
         ),
     ),
-    # CIFAR-10 notebook, resized to 224: 0.1000 after 5 epochs, for it attended over the batch. Ours attends
-    # over the tokens.
+    # CIFAR-10 notebook, resized to 224: 0.1000 after 5 epochs. That model had a bug: it attended over the
+    # images of the batch. Ours attends over the tokens of an image.
     ("vit_scratch", "large"): Recipe(
         optimizer="adam",
         lr=1e-3,
@@ -110,14 +111,14 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
     ),
 }
 TUNED: dict[tuple[str, str], Recipe] = {
-    # Four views are as good as twenty: 0.493 and 0.494 with a backbone trained on other classes; see
-    # benchmarks/LOG.md.
+    # Four views are as good as twenty: accuracy 0.493 and 0.494, with a backbone that was trained on other
+    # classes. See benchmarks/LOG.md.
     ("vit", "any"): dataclasses.replace(REFERENCE["vit", "any"], feature_views=4),
 }
 
 
 def get_recipe(model: str, image_size: int, name: str = "tuned") -> Recipe:
-    """The recipe of a model at a size; any other timm model trains as `deit` does."""
+    """The recipe of a model at an image size in pixels. A timm/NAME model has the recipe of `deit`."""
     model = "deit" if model.startswith("timm/") else model
     size = "large" if image_size >= LARGE else "small"
     table = {**REFERENCE, **TUNED} if name == "tuned" else REFERENCE
@@ -125,7 +126,7 @@ def get_recipe(model: str, image_size: int, name: str = "tuned") -> Recipe:
 
 
 def default_patch_size(image_size: int) -> int:
-    """vit_scratch: 4 pixels up to 64, 8 below 128, 16 from there."""
+    """The patch size of vit_scratch: 4 px for images up to 64 px, 8 px below 128 px, otherwise 16 px."""
     if image_size >= LARGE:
         return 16
     return 4 if image_size <= 64 else 8

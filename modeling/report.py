@@ -1,4 +1,4 @@
-"""Tables, reports and plots: what evaluate.py and profile.py write for people."""
+"""Tables, reports and plots that evaluate.py and profile.py write."""
 
 import csv
 import io
@@ -29,8 +29,10 @@ CSV_COLUMNS = (
     "parameters",
     "trainable_parameters",
 )
-_NUMBERED_CELLS = 30  # with more classes the cells show only colours
-MOST_PROBABILITIES = 5_000_000  # in predictions_*.csv, some 50 MB; with more, only the largest of each image
+_NUMBERED_CELLS = 30  # with more classes the cells of a confusion matrix have no numbers
+# With more probabilities than this (about 50 MB), predictions_*.csv has only the NUM_TOP largest of each
+# image.
+MOST_PROBABILITIES = 5_000_000
 NUM_TOP = 5
 
 
@@ -44,7 +46,7 @@ class Evaluated:
     classes: list[str]
 
 
-# How columns look in a table: heading and decimals. Others keep their name, and floats have four.
+# The heading and the number of decimals of a column. Other columns keep their name and have four decimals.
 _STYLE = {
     "num_samples": ("images", 0),
     "balanced_accuracy": ("balanced", 4),
@@ -74,7 +76,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _aligned_column(heading: str, decimals: int, values: Sequence[Any]) -> list[str]:
-    """Return the cells of a column from top to bottom, all of one width: heading, rule, values."""
+    """Return the cells of a column from top to bottom: heading, rule, values. All have the same width."""
     texts = [_cell(value, decimals) for value in values]
     width = max(len(text) for text in [heading, *texts])
     cells = [heading, "-" * width, *texts]
@@ -121,7 +123,7 @@ def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write one row per (checkpoint, dataset, split). Rows of other evaluations stay.
+    """Add or replace one row per (checkpoint, dataset, split). Other rows stay.
 
     UserError: the file is not a metrics.csv of this program.
     """
@@ -134,7 +136,7 @@ def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def present_classes(one: Evaluated) -> list[int]:
-    """Return the classes that are true or predicted, as numbers. The F1 scores of metrics.csv use these."""
+    """Return the numbers of the classes that occur as a label or a prediction. F1 is the mean over these."""
     return np.union1d(one.predictions.labels, one.predictions.predicted).tolist()
 
 
@@ -153,7 +155,7 @@ def report_text(one: Evaluated) -> str:
 
 
 def write_evaluation(folder: Path, one: Evaluated) -> None:
-    """Write the three files of EvaluationFiles: confusion matrix, classification report and predictions."""
+    """Write the confusion matrix, the classification report and the predictions of a checkpoint."""
     files = EvaluationFiles(folder, one.name)
     heading = (
         f"{one.row['checkpoint']} on {one.row['split']} of {one.row['dataset']}, "
@@ -167,7 +169,7 @@ def write_evaluation(folder: Path, one: Evaluated) -> None:
 def _predictions_csv(one: Evaluated) -> str:
     """Return one CSV row per image: its row in the split, true class, predicted class, all probabilities.
 
-    With more than MOST_PROBABILITIES of them, only the NUM_TOP largest of each image are written.
+    With more than MOST_PROBABILITIES probabilities, only the NUM_TOP largest of each image are written.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -242,7 +244,7 @@ def plot_confusion_matrix(path: Path, one: Evaluated) -> None:
 
 
 def compare_models(rows: Sequence[dict[str, Any]]) -> str:
-    """Return a table of models, the best first: by accuracy, or by images per second where rows have none."""
+    """Return a table of models, the best first: by accuracy, or by images per second without accuracy."""
     key = "accuracy" if "accuracy" in rows[0] else "images_per_second"
     return table(sorted(rows, key=lambda row: -row[key]))
 
@@ -250,14 +252,15 @@ def compare_models(rows: Sequence[dict[str, Any]]) -> str:
 def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     """Return the text of model_comparison.txt.
 
-    It has the metrics side by side, the differences from the best model, F1 of every class, and each report.
+    It holds the metrics side by side, the differences from the best model, the F1 of every class, and each
+    model's classification report.
     """
     ranked = sorted(evaluated, key=lambda one: -one.row["accuracy"])
     rows = [_comparison_row(one) for one in ranked]
     parts = []
     evaluated_on = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
     if len(evaluated_on) > 1:
-        parts.append("These models were evaluated on different images: their differences mean little.")
+        parts.append("These models were evaluated on different images, so do not trust their differences.")
     parts.append("Models, the most accurate first")
     parts.append(compare_models(rows))
     if len(ranked) > 1:
@@ -288,7 +291,7 @@ def _difference(row: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
 
 
 def _f1_rows(ranked: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Return one row per class: its name and its F1 under each model, None if a model lacks the class."""
+    """Return one row per class: its name and its F1 for each model. None: the model lacks the class."""
     scores: dict[str, dict[str, float]] = {}  # class name -> model name -> F1
     for one in ranked:
         numbers = present_classes(one)

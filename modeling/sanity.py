@@ -1,4 +1,4 @@
-"""The sanity check: can a model overfit a few batches? If not, it has a bug, or a wrong learning rate."""
+"""The sanity check: can a model overfit a few batches? If not, it has a bug or a bad learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MAX_STEPS = 2000
 
 @dataclass(frozen=True)
 class SanityResult:
-    """passed: at least ENOUGH_ACCURACY of the images are classified correctly. loss is in nats."""
+    """The result. passed: at least ENOUGH_ACCURACY of the images are classified correctly. loss: in nats."""
 
     passed: bool
     accuracy: float
@@ -42,8 +42,8 @@ def sanity_check(
 ) -> SanityResult:
     """Train on a few batches, without augmentation, until 99 % are classified correctly in eval mode.
 
-    `model` is the prepared model that trains, `raw_model` the same one without DDP. max_steps 0 means
-    MAX_STEPS. FloatingPointError: the loss is not finite.
+    `model` is the prepared model, `raw_model` the same one without DDP. max_steps 0 means MAX_STEPS.
+    FloatingPointError: the loss is not finite.
     """
     step_settings = StepSettings(
         preprocessing=step_settings.preprocessing,

@@ -12,12 +12,12 @@ from modeling.stats.proportions import Interval, wilson_interval
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One model's scores. Log loss is in nats; Brier is the sum over the classes, from 0 to 2.
+    """One model's scores. Log loss is in nats. The Brier score is the sum over the classes, from 0 to 2.
 
-    gap is mean confidence minus accuracy. honest_error and honest_limit are the mean and the 95 % point of
-    the calibration error that a model with true confidence would show on as many images. fitted_loss is the
-    log loss after a temperature that was fitted on other images. errors[k - 1]: errors among the k surest
-    images.
+    gap: mean confidence minus accuracy. honest_error and honest_limit: an honest model, whose confidence is
+    its true accuracy, has by chance a calibration error too. They are the mean and the 95 % quantile of that
+    error on as many images. fitted_loss: the log loss with a temperature that was fitted on other images.
+    errors[k - 1]: the number of errors among the k images with the highest confidence.
     """
 
     accuracy: Interval
@@ -37,9 +37,10 @@ class Scores:
 
     @property
     def verdict(self) -> str:
-        """honest: its calibration error could be chance. uneven.
+        """honest, too sure, too unsure or uneven.
 
-        It is not, but confidence is right on average.
+        honest: the calibration error may be chance. uneven: it is not chance, but the mean confidence is
+        right.
         """
         if self.calibration_error <= self.honest_limit:
             return "honest"
@@ -49,7 +50,7 @@ class Scores:
 
 
 def macro_f1(model: Model) -> float:
-    """The mean F1 of the classes that are true or predicted, as in metrics.csv."""
+    """The mean F1 over the classes that occur as a label or a prediction, as in metrics.csv."""
     matrix = classes.confusion_matrix(model.labels, model.predicted, len(model.classes))
     return float(np.nanmean(classes.f1_scores(matrix)))
 
@@ -62,7 +63,7 @@ def balanced_accuracy(model: Model) -> float:
 
 
 def score_models(models: Sequence[Model]) -> list[Scores]:
-    """The scores of each model. Models that saw the same images share the draws of the bootstrap."""
+    """Compute the scores of each model. Models with the same images share the bootstrap's draws."""
     columns = [
         np.stack([model.loss, model.brier, model.confidence - model.right], axis=1) for model in models
     ]
@@ -76,7 +77,7 @@ def score_models(models: Sequence[Model]) -> list[Scores]:
 
 
 def _ends_for_groups(keys: Sequence, items: Sequence, ends_of_group) -> list[np.ndarray]:
-    """ends_of_group of each group of items with equal keys, put back in the order of the items."""
+    """Call ends_of_group for each group of items with equal keys. Return the results in the items' order."""
     result: list[np.ndarray] = [np.empty(0)] * len(items)
     for key in dict.fromkeys(keys):
         members = [number for number, other in enumerate(keys) if other == key]

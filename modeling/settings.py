@@ -13,10 +13,10 @@ from modeling.recipes import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every value that a run uses, resolved once. Nothing is None, nothing changes later; 0 is off.
+    """Every value that a run uses. No value is None, and none changes later. 0 turns a number off.
 
-    The names are the flags'. run_name names the run's files; num_threads are CPU threads of each process;
-    model_args go to build_model; total_steps is the number of updates; store_limit is in bytes.
+    The names are those of the flags. num_threads counts the CPU threads of each process. model_args go to
+    build_model. total_steps is the number of updates. store_limit is in bytes.
     """
 
     model: str
@@ -65,27 +65,24 @@ class Settings:
     deterministic: bool
 
     def recorded(self) -> dict[str, Any]:
-        """The values that a checkpoint's header records: all that decide what is computed."""
+        """The values that a checkpoint's header records: all that influence the weights."""
         values = dataclasses.asdict(self)
         unrecorded = {name for name, rule in MAY_DIFFER.items() if not rule.recorded}
-        derived = {
-            "model_args",
-            "steps_per_epoch",
-            "total_steps",
-        }  # model_args stand in the header by themselves
+        # The header has model_args under a key of their own. The step counts follow from other values.
+        derived = {"model_args", "steps_per_epoch", "total_steps"}
         return {name: value for name, value in values.items() if name not in unrecorded | derived}
 
 
 @dataclass(frozen=True)
 class MayDiffer:
-    """Where the value of a flag may differ from that of the same run elsewhere."""
+    """The places where a flag's values may differ within one run."""
 
-    on_resume: bool  # between a run and the one that resumes it
-    between_processes: bool
-    recorded: bool  # it stands in the checkpoint's header all the same
+    on_resume: bool  # a run may be resumed with another value
+    between_processes: bool  # the processes may have different values
+    recorded: bool  # the checkpoint's header records the value nevertheless
 
 
-# The flags that change nothing in what is computed. All others must be the same everywhere.
+# The flags that do not change what is computed. All others must have one value in a run.
 MAY_DIFFER = {
     "output_dir": MayDiffer(on_resume=True, between_processes=True, recorded=False),
     "num_workers": MayDiffer(on_resume=True, between_processes=True, recorded=False),
@@ -111,7 +108,7 @@ def resolve(
     mixed_precision: str,
     num_threads: int,
 ) -> Settings:
-    """Combine the flags (None: not given) with the recipe, and with what data and machine decide.
+    """Combine the flags (None: not given) with the recipe and with values that depend on data and machine.
 
     UserError: --feature-views for a model whose features cannot be kept.
     """
@@ -178,14 +175,15 @@ def resolve(
 def num_feature_views(
     *, asked: int | None, of_recipe: int, model: str, is_linear_probe: bool, is_augmented: bool, mixes: bool
 ) -> int:
-    """How many views of each training image have their features kept; 0: one an epoch, or nothing to keep.
+    """Return the number of augmented views of each training image whose features are kept on disk.
 
-    `asked` is what the user asked for, or None. UserError: the user asked for views that cannot be kept.
+    0 means a new view in each epoch, or that no features can be kept. `asked` is the flag's value or None.
+    UserError: the flag asks for features that cannot be kept.
     """
     if is_linear_probe and not mixes:
         if asked is not None:
             return asked
-        return of_recipe if is_augmented else 1  # without augmentation all views are alike
+        return of_recipe if is_augmented else 1  # without augmentation all views are equal
     if asked:
         reason = (
             "mixup and cutmix blend images" if is_linear_probe else f"the backbone of {model} is not frozen"

@@ -1,4 +1,4 @@
-"""From flags to all that the training loop works with: settings, images, a prepared model."""
+"""From flags to everything that the training loop needs: settings, images, a prepared model."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from modeling.settings import MAY_DIFFER, Settings, resolve
 def load_images(
     source: Source, flags: Mapping[str, Any], *, image_size: int | None, val_fraction: float
 ) -> dict[str, Images]:
-    """Decode every image that the run will use. image_size: the input side in pixels, if known."""
+    """Decode every image that the run will use. image_size: the model's input side in pixels, or None."""
     splits = ["train"]
     if not flags["sanity_check"]:
         splits += ["validation", *(["test"] if "test" in source.splits else [])]
@@ -61,13 +61,13 @@ def warn_of_untrained_classes(source: Source, train: Images) -> None:
 
 
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
-    """The input side of a model from scratch: the images' own, but 224 px for reference recipes on STL-10."""
+    """The input side of a model from scratch: the images' own. Reference recipes on STL-10 have 224 px."""
     return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
 
 
 @dataclass
 class Run:
-    """One training run. raw_model is the model without DDP and compilation; both share their weights."""
+    """One training run. model may be wrapped by DDP and compiled. raw_model is not; both share weights."""
 
     settings: Settings
     step_settings: StepSettings
@@ -100,9 +100,9 @@ class Run:
 def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) -> Run:
     """Turn parsed flags into settings, images, a model and an optimizer, and prepare these for the hardware.
 
-    `flags` maps each flag of train.py to its value, None where it was not given.
+    `flags` maps each flag of train.py to its value, or to None if it was not given.
     """
-    # Data: the model's weights decide the image size, which decides how large the images are kept.
+    # Data: the weights determine the image size. Images are stored no larger than this size needs.
     weights = models.find_weights(flags["model"], flags["weights"])
     image_size = flags["image_size"] or models.default_image_size(flags["model"], weights)
     source = load_source(flags["dataset"])
@@ -113,7 +113,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
         recipe=flags["recipe"], dataset=flags["dataset"], images=images["train"]
     )
 
-    # Model: its first weights are a function of the seed alone.
+    # Model: its initial random weights depend on the seed alone.
     recipe = recipes.get_recipe(flags["model"], image_size, flags["recipe"])
     model_args = models.model_arguments(
         flags["model"],
@@ -127,7 +127,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     torch.manual_seed(randomness.seed(flags["seed"], randomness.INIT))
     raw_model = models.build_model(**model_args, weights=weights.path)
 
-    # Settings: from here on the flags are not read any more.
+    # Settings: the flags become one frozen object. The training loop reads only this.
     settings = resolve(
         flags,
         recipe,
@@ -142,8 +142,8 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     )
     if settings.batch_size < accelerator.num_processes:
         raise UserError(
-            f"--batch-size {settings.batch_size} is the batch of all {accelerator.num_processes} processes: "
-            "give each an image"
+            f"--batch-size {settings.batch_size} is shared by {accelerator.num_processes} processes: "
+            "give at least one image for each"
         )
     step_settings = StepSettings(
         preprocessing=models.preprocessing(flags["model"], recipe, image_size, weights),
@@ -185,7 +185,7 @@ def prepare_run(
     raw_model: torch.nn.Module,
     files: RunFiles,
 ) -> Run:
-    """Build the optimizer, then let accelerate move everything to its device and wrap it, once."""
+    """Build the optimizer. Then accelerate moves model and optimizer to the device and wraps them, once."""
     optimizer = build_optimizer(
         settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
     )
@@ -220,7 +220,7 @@ def may_differ_between_processes(flag: str) -> bool:
 
 
 def use_deterministic_algorithms(deterministic: bool) -> None:
-    """Let torch use only deterministic algorithms, and raise an error where an operator has none."""
+    """Allow torch only deterministic algorithms. An operator without one then raises an error."""
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it at its first use
         torch.backends.cudnn.benchmark = False
@@ -228,7 +228,7 @@ def use_deterministic_algorithms(deterministic: bool) -> None:
 
 
 def describe(run: Run) -> str:
-    """What a person wants to see before a long run starts."""
+    """Describe the run before it starts: model, data, batch, optimizer, length, hardware. A line for each."""
     settings, processes = run.settings, run.accelerator.num_processes
     num_parameters, num_trainable = models.count_parameters(run.raw_model)
     counts = ", ".join(f"{len(images):,} {split}" for split, images in run.images.items())

@@ -21,7 +21,7 @@ def load_real(name: str) -> None:
     elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     spec = PathFinder.find_spec(name, elsewhere)
     if spec is None:
-        raise ModuleNotFoundError(f"No module named {name!r} but this project's script", name=name)
+        raise ModuleNotFoundError(f"No module named {name!r} except this project's script", name=name)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Labels that are probably wrong: all models contradict them, or the same picture also has another label."""
+"""Labels that are probably wrong: all models contradict them, or an identical picture has another label."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from modeling.stats.together import suspect_labels
 
 @dataclass(frozen=True)
 class Suspect:
-    """An image whose label is suspect. label and suggested are class numbers, row is its row in the split.
+    """An image whose label is suspect. label and suggested are class numbers. row is its row in the split.
 
-    The probabilities are means over the models, each after its temperature. twin is the row of the same
-    picture under the label `suggested`; the models then need not agree with it, and suggested_probability is
-    None.
+    The probabilities are means over the models, after temperature scaling. twin is the row of an identical
+    picture with the label `suggested`, or None. With a twin, the models need not agree with `suggested`, and
+    suggested_probability is None.
     """
 
     row: int
@@ -27,9 +27,9 @@ class Suspect:
 
 
 def find_suspects(shared: Shared, digests: Sequence[bytes] | None = None) -> list[Suspect]:
-    """Return the suspects: first identical pictures with two labels, then what all models contradict.
+    """Return the suspects: first identical pictures with two labels, then labels that all models contradict.
 
-    digests: of the pixels of each shared image; None: pictures are not compared.
+    digests: a hash of the pixels of each shared image. None: pictures are not compared.
     """
     label_probability = np.mean([model.tempered_label for model in shared.models], axis=0)
     twins = [] if digests is None else twins_with_other_label(digests, shared.labels)
@@ -66,7 +66,7 @@ def find_suspects(shared: Shared, digests: Sequence[bytes] | None = None) -> lis
 
 
 def twins_with_other_label(digests: Sequence[bytes], labels: np.ndarray) -> list[tuple[int, int]]:
-    """(i, j) for each image i whose picture also appears as image j under another label, the first such j."""
+    """Return (i, j) for each image i that is identical to an image j with another label: the first such j."""
     groups: dict[bytes, list[int]] = {}
     for position, digest in enumerate(digests):
         groups.setdefault(digest, []).append(position)

@@ -349,9 +349,8 @@ def test_fewer_than_100_common_images_are_not_compared():
     assert [entry.rank_text for entry in comparison.entries] == ["-", "-"]
     assert [entry.name for entry in comparison.entries] == ["b", "a"]
     assert comparison.shared.entries == [0]
-    assert (
-        "not compared, for they saw other images or know other classes: b, a"
-        in comparison_text.caution_lines(comparison)
+    assert "not compared, because their images or classes differ: b, a" in comparison_text.caution_lines(
+        comparison
     )
 
 
@@ -400,7 +399,9 @@ def test_runs_with_other_seeds_are_one_entry():
     assert [len(one) for one in comparison.shared.right] == [3, 1]
     assert comparison.visible_difference() is None
     assert best.log_loss == pytest.approx(np.mean([m.loss.mean() for m in models]))
-    assert "one run of slow: another seed moves a model too" in comparison_text.caution_lines(comparison)
+    assert "one run of slow: another seed changes the accuracy too" in comparison_text.caution_lines(
+        comparison
+    )
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.1}, {"mixed_precision": "bf16"}])
@@ -463,7 +464,7 @@ def test_the_terminal_shows_ranks_pairs_in_words_and_the_caution():
         "b over c: +19.0 points (+14.2 to +25.0), p < 0.001 (corrected for 3 comparisons): real",
         "b over a: +20.0 points (+15.0 to +26.1), p < 0.001 (corrected for 3 comparisons): real",
         "c over a: +1.0 points (-0.9 to +3.6), p = 0.250 (corrected for 3 comparisons): not told apart",
-        "one run of each: another seed moves a model too",
+        "one run of each: another seed changes the accuracy too",
     ]
 
 

@@ -116,7 +116,7 @@ def test_a_dataset_with_fewer_classes_and_only_a_test_split(trained, tmp_path):
     few = digits_folder(tmp_path / "few", ["3", "1"])
     result = call("evaluate", "--ckpt", trained.best, "--dataset", few, "--output-dir", tmp_path)
     assert result.status == 0, result.err
-    assert "it lacks '0', '2', '4'" in result.out
+    assert "the dataset lacks '0', '2', '4'" in result.out
     assert {line["true"] for line in predictions(tmp_path, "cnn_small")} == {"1", "3"}
 
 
@@ -151,7 +151,7 @@ def test_two_checkpoints_are_ranked_paired_and_shown_on_a_page(trained, tmp_path
     ranking = next(number for number, line in enumerate(lines) if line.startswith("rank  model"))
     assert lines[ranking + 1].startswith("1     cnn_small") and lines[ranking + 2].startswith("2     worse")
     assert "cnn_small over worse: +" in result.out and ": real" in result.out
-    assert "one run of each: another seed moves a model too" in result.out
+    assert "one run of each: another seed changes the accuracy too" in result.out
     assert "comparison.html" in result.out
     (pair,) = csv.DictReader((tmp_path / "traces" / "pairs.csv").open())
     rows = {row["model"]: row for row in csv.DictReader((tmp_path / "traces" / "class_metrics.csv").open())}

@@ -91,7 +91,7 @@ def test_verify_reads_only_and_names_what_differs(exported):
     verify = ("--verify", "--output-dir", exported)
     before = tree(exported)
     result = call("export_data", *verify)
-    assert (result.status, "is whole" in result.out) == (0, True)
+    assert (result.status, "is complete" in result.out) == (0, True)
     assert tree(exported) == before
     missing, altered, broken = list((exported / "train" / "cat's").iterdir())[:3]
     missing.unlink()
@@ -197,7 +197,7 @@ def test_a_failed_second_export_leaves_the_first_and_its_manifest(tmp_path):
     assert_refused(call("export_data", *arguments), "3.png")
     assert tree(tmp_path / "out") == before
     (source / "train" / "a" / "3.png").unlink()
-    assert_refused(call("export_data", *arguments), "not of this export")
+    assert_refused(call("export_data", *arguments), "that this export did not write")
 
 
 def test_names_that_a_path_cannot_hold_are_encoded():

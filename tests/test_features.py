@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_line(tmp_path, cache, monkeypatch):
     assert_refused(
         call("train", *FLAGS, "--output-dir", tmp_path, "--epochs", 1),
         "No space left",
-        "where features are kept",
+        "in the folder of kept features",
         statuses=(1,),
     )
 

@@ -253,11 +253,11 @@ def test_a_revision_is_what_was_asked_for_offline_too(hub, home, monkeypatch):
     assert len(load_source("stl10").splits["train"]) == 12
     with pytest.raises(
         ValueError,
-        match="stl10@v2 cannot be had from the hub: HF_HUB_OFFLINE is set, and not all of it is cached",
+        match="stl10@v2 is not available from the hub: HF_HUB_OFFLINE is set, and some of its files are not",
     ):
         load_source("stl10@v2")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with pytest.raises(ValueError, match="stl10@v2 cannot be had from the hub: it has no such revision"):
+    with pytest.raises(ValueError, match="stl10@v2 is not available from the hub: it has no such revision"):
         load_source("stl10@v2")
 
 
@@ -292,7 +292,7 @@ def test_a_missing_split_breaks_the_promise(hub, home):
 def test_hf_token_opens_a_private_repository(hub, home, monkeypatch):
     with pytest.raises(
         ValueError,
-        match=r"private cannot be had from the hub: the hub answered 401, so .* needs a token; .*HF_TOKEN",
+        match=r"private is not available from the hub: the hub answered 401, so .* needs a token; .*HF_TOKEN",
     ):
         load_source("someone/private")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -329,7 +329,7 @@ def test_a_failing_hub_is_one_line_within_a_minute(hub, home, tmp_path, what, pa
     name = {"stl10": "tanganke/stl10", "vit": TIMM_IDS["vit"]}[what]
     hub.fail(paths.format(re.escape(name)), kind)
     result = call("train", "--model", "vit", *FEW, "--output-dir", tmp_path)
-    assert_refused(result, f"{name} cannot be had from the hub", words, *WAYS_OUT[what])
+    assert_refused(result, f"{name} is not available from the hub", words, *WAYS_OUT[what])
     assert not (tmp_path / "checkpoints").exists()
     # nothing half-downloaded is taken for whole: with a hub that is well it works
     hub.failures.clear()
@@ -400,15 +400,15 @@ def test_a_slow_hub_is_not_a_dead_one(hub, home):
 @pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git", "my--data", "n" * 120])
 def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, monkeypatch, name, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    assert_refused(call("train", "--dataset", name), f"dataset '{name}' is no name of the hub")
+    assert_refused(call("train", "--dataset", name), f"dataset '{name}' is not a hub name")
     assert_refused(
         call("train", "--model", "vit", "--weights", f"hf-hub:{name}"),
-        f"model '{name}' is no name of the hub",
+        f"model '{name}' is not a hub name",
     )
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, home, monkeypatch):
-    """As a read-only one of a cluster: the lock cannot be had."""
+    """As a read-only one of a cluster: nobody can take the lock."""
     assert len(load_source("stl10").splits["train"]) == 12
 
     def refuse(*_):
@@ -426,7 +426,7 @@ def test_without_network_the_error_names_the_ways_out(tmp_path):
     result = command(sys.executable, ROOT / "train.py", "--model", "vit", cwd=tmp_path, env=env, timeout=60)
     assert_refused(
         result,
-        f"model {TIMM_IDS['vit']} cannot be had from the hub: the hub cannot be reached",
+        f"model {TIMM_IDS['vit']} is not available from the hub: the hub cannot be reached",
         *WAYS_OUT["vit"],
     )
 
@@ -493,7 +493,7 @@ def test_a_download_that_is_killed_leaves_nothing_that_passes_for_whole(hub, tmp
     process.communicate()
     hub.slow_seconds = 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="not all of it is cached"):
+    with pytest.raises(ValueError, match="some of its files are not cached"):
         download("tanganke/stl10", repo_type="dataset")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     folder = download("tanganke/stl10", repo_type="dataset")

@@ -99,7 +99,7 @@ def test_a_lock_that_nobody_renews_is_broken_after_a_while_and_that_is_said(cont
         path.write_bytes(content)
     with make_lock(path) as held:
         assert path.read_bytes() == held.content
-    assert "to see whether that still runs" in capsys.readouterr().out
+    assert "to see whether that process still runs" in capsys.readouterr().out
 
 
 def test_a_lock_of_another_machine_that_is_renewed_is_held(quick, tmp_path, monkeypatch):

@@ -247,9 +247,9 @@ def test_what_force_cannot_do(references, tmp_path, monkeypatch):
         call("train", *forced, "--batch-size", 20),
         "48 images of its epoch, not a multiple of --batch-size 20",
     )
-    assert_refused(call("train", *forced, "--max-steps", 9), "after step 10", "give a longer run")
-    assert_refused(call("train", *forced, "--epochs", 1), "in epoch 2", "give a longer run")
-    assert_refused(call("train", *forced, "--optimizer", "sgd"), "another model or optimizer")
+    assert_refused(call("train", *forced, "--max-steps", 9), "after step 10", "give a larger --epochs")
+    assert_refused(call("train", *forced, "--epochs", 1), "in epoch 2", "give a larger --epochs")
+    assert_refused(call("train", *forced, "--optimizer", "sgd"), "belongs to another optimizer")
     assert call("train", *flags, "--resume").status == 0
     assert_same_outcome(tmp_path, references("plain"))
 
@@ -360,7 +360,7 @@ def test_a_state_of_another_model_is_refused_even_by_force(references, tmp_path)
         "--resume",
     )
     assert_refused(call("train", *flags), "other arguments", "model")
-    assert_refused(call("train", *flags, "--force"), "is of another model")
+    assert_refused(call("train", *flags, "--force"), "belongs to another model")
     assert_same_outcome(tmp_path, references("plain"))
 
 

@@ -136,9 +136,9 @@ def test_every_accelerate_config_is_one_that_accelerate_reads(config):
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch.accelerate, "Accelerator", lambda **options: SimpleNamespace(num_processes=1))
-    assert_refused(call("train", *TINY), "2 processes were launched, but they do not see each other")
+    assert_refused(call("train", *TINY), "2 processes were launched, but each sees only 1")
     for script in ("profile", "export_data"):
-        assert_refused(call(script), "this script is for one process")
+        assert_refused(call(script), "this script supports only one process")
 
 
 def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):

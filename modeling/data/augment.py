@@ -19,16 +19,16 @@ from modeling.randomness import Draws
 AUGMENT_SETS = ("none", "light", "standard", "randaugment")
 
 
-# Draw numbers: the last key of the hash. Each use has a range of its own.
-_FLIP, _ANGLE, _PAD_X, _PAD_Y, _CROP, _JITTER = 0, 1, 2, 3, 10, 60  # 80 and up: randaugment.py
+# Draw numbers: the last key of the hash. Each use has a range of its own. randaugment.py has 80 and above.
+_FLIP, _ANGLE, _PAD_X, _PAD_Y, _CROP, _JITTER = 0, 1, 2, 3, 10, 60
 
 
 def random_crop_boxes(sizes: torch.Tensor, draws: Draws, scale: tuple[float, float]) -> torch.Tensor:
     """Draw the boxes (B, 4) of RandomResizedCrop (Szegedy et al., https://arxiv.org/abs/1409.4842).
 
-    A box has a share in `scale` of the image's area and an aspect from 3/4 to 4/3. Of ten tries the first
-    that fits counts; if none fits, the box is the largest centred one with an allowed aspect, as in
-    torchvision.
+    The box's share of the image's area is drawn from the interval `scale`, its aspect from 3/4 to 4/3. The
+    first of ten draws that fits into the image is used. If none fits, the box is the largest centred one with
+    an allowed aspect, as in torchvision.
     """
     height, width = sizes[:, 0].float(), sizes[:, 1].float()
     u = draws(_CROP, 22)
@@ -66,7 +66,7 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
     r, g, b = images.unbind(dim=1)
-    gray = ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()  # integers until the division: no rounding
+    gray = ((r * 2989 + g * 5870 + b * 1140) / 10000).floor_()  # a sum of integers is exact
     return gray[:, None]
 
 
@@ -139,7 +139,8 @@ def augment(
     else:
         flip = draws(_FLIP) < 0.5
         if name == "light":
-            # Change the colours before the resize, which enlarges: equal up to rounding, and much cheaper.
+            # Change the colours before the resize enlarges the image. That is much cheaper, and the result
+            # is the same up to rounding.
             boxes = random_crop_boxes(sizes, draws, scale=(0.8, 1.0))
             images, scaled = color_jitter(images, boxes, draws), torch.full_like(sizes, prep.image_size)
             out = resample(
@@ -162,12 +163,12 @@ def mix(
     cutmix: float,
     keys: tuple[int, ...],
 ) -> tuple[torch.Tensor, float]:
-    """Mix each image with its partner. Give (B, C, S, S) and the weight of the image's own label.
+    """Mix each image with its partner. Return (B, C, S, S) and the weight of the image's own label.
 
-    x is (U, C, S, S); own and partner (B,) point into it. mixup (Zhang et al.,
+    x is (U, C, S, S); own and partner (B,) are positions in it. mixup (Zhang et al.,
     https://arxiv.org/abs/1710.09412) and cutmix (Yun et al., https://arxiv.org/abs/1905.04899) are the
-    alphas of Beta distributions; 0 is off. If both are on, `keys` decide which one a batch gets. The weight
-    and the box are equal in the whole global batch.
+    alphas of Beta distributions; 0 is off. If both are on, the hash of `keys` chooses one for each batch. The
+    weight and the box are the same for the whole global batch.
     """
     u = randomness.uniform(*keys, torch.arange(4)).tolist()
     use_cutmix = cutmix > 0 and (mixup == 0 or u[0] < 0.5)

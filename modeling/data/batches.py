@@ -1,4 +1,8 @@
-"""The steps of an epoch, and the batches of a step."""
+"""The steps of an epoch, and the batches of a step.
+
+How a batch becomes a tensor: training_steps gathers its uint8 pixels (Images.gather), and engine.make_inputs
+augments and normalises them (augment.augment).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +16,12 @@ from modeling.data.images import Images
 
 @dataclass
 class Batch:
-    """One micro-batch: images (U, 3, H, W) uint8; sizes (U, 2); labels and indices (U,); weights (B,)
-    float32.
+    """One micro-batch of B training images.
 
-    With mixing, own and partner (B,) point into the U images; without it they are None and B is U. Where the
-    features of a frozen backbone are kept, features (U, D) float32 take the place of images, which are None.
-    A weight is 1, but 0 for the image that a process runs if the global batch has none left for it.
+    images (U, 3, H, W) uint8, sizes (U, 2), labels (U,) and indices (U,) describe the U different images.
+    With mixup or CutMix, own and partner (B,) are positions among these U images. Otherwise they are None,
+    and U is B. With kept features of a frozen backbone, images is None, and features (U, D) float32 replace
+    it. weights (B,) float32 are 1. A process without an image runs one image with weight 0 instead.
     """
 
     images: torch.Tensor | None
@@ -48,7 +52,7 @@ class Batch:
 
 
 def split_batch(num_images: int, *, accumulation: int, rank: int, world_size: int) -> list[torch.Tensor]:
-    """Give the positions in the global batch of each micro-batch of a rank.
+    """Split a global batch: return this rank's micro-batches, each as positions in the global batch.
 
     Every rank has the same number of micro-batches. Some may be empty.
     """
@@ -73,9 +77,9 @@ def training_steps(
     """Yield the steps of an epoch from `start` on: this rank's micro-batches of each global batch.
 
     A global batch has `batch_size` images; the last one may be shorter. The order depends on (seed, epoch).
-    The mixing partners are drawn over the global batch and depend on (seed, epoch, step). With features (N,
-    D) of the images, batches carry these instead of pixels. Images that are decoded at each use are decoded
-    two steps ahead.
+    With `mix`, each image gets a partner from the global batch, which depends on (seed, epoch, step). With
+    features (N, D) of the images, batches hold these instead of pixels. Images that are not stored decoded
+    are decoded two steps ahead.
     """
 
     def micro_batch(global_batch: torch.Tensor, partners: torch.Tensor | None, share: torch.Tensor) -> Batch:

@@ -7,11 +7,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from modeling.randomness import Draws
 
-_RANDAUGMENT = 80  # the first of its draw numbers; augment.py has those below
+_RANDAUGMENT = 80  # the first draw number of this file; augment.py has the numbers below
 
 
 def _shift(images: torch.Tensor, x: int = 0, y: int = 0) -> torch.Tensor:
-    """Move right by x and down by y, black where nothing comes from."""
+    """Move the images right by x and down by y pixels. The gap is black."""
     H, W = images.shape[2:]
     out = torch.zeros_like(images)
     out[:, :, max(y, 0) : H + min(y, 0), max(x, 0) : W + min(x, 0)] = images[
@@ -21,7 +21,7 @@ def _shift(images: torch.Tensor, x: int = 0, y: int = 0) -> torch.Tensor:
 
 
 def _sharpen(images: torch.Tensor, factor: float) -> torch.Tensor:
-    """Blend with a 3x3 mean whose centre counts five times; the border stays."""
+    """Blend with a 3x3 mean in which the centre counts five times. The border, one pixel, stays."""
     H, W = images.shape[2:]
     wide = images.to(torch.int16)
     rows = wide[:, :, :-2] + wide[:, :, 1:-1] + wide[:, :, 2:]
@@ -62,7 +62,7 @@ def _randaugment_ops(size: int) -> list:
 
 
 def randaugment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Apply two operations of RandAugment (Cubuk et al., https://arxiv.org/abs/1909.13719) to uint8."""
+    """Apply two random operations of RandAugment to each image of a batch: (B, C, S, S) uint8."""
     ops = _randaugment_ops(images.shape[-1])
     for slot in range(2):
         choice = torch.floor(draws(_RANDAUGMENT + 2 * slot) * len(ops)).long()

@@ -1,7 +1,7 @@
 """Exact resampling of a batch, and normalising.
 
-A resize is two matrix products with 14-bit weights. Their sums are integers below 2**24, which float32 holds
-exactly, in any order and on any device.
+A resize is two matrix products of pixels (8 bits) and weights (14 bits). float32 holds all their sums
+exactly, so the result is the same in any order of addition and on any device.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ _WEIGHT_BITS = 14
 class Preprocessing:
     """How an image becomes a model's input.
 
-    crop_fraction None: resize to (image_size, image_size), without a crop. Else resize the short side to
-    image_size / crop_fraction and crop the centre. mean and std are per channel, for pixels in 0..1.
+    With crop_fraction None, resize to (image_size, image_size) without a crop. Otherwise resize the short
+    side to image_size / crop_fraction and crop the centre. mean and std are per channel, for pixels in 0..1.
     interpolation is "bilinear" or "bicubic", antialiased.
     """
 
@@ -45,7 +45,7 @@ def _kernel(x: torch.Tensor, interpolation: str) -> torch.Tensor:
     if interpolation == "bilinear":
         return x.neg_().add_(1).clamp_(min=0)
     assert interpolation == "bicubic", interpolation
-    a = -0.5  # Keys' cubic, as Pillow and torch's antialiased resize have it
+    a = -0.5  # Keys' cubic, as in Pillow and in torch's antialiased resize
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
     outer = ((x - 5) * x + 8) * x * a - 4 * a
     return torch.where(x < 1, inner, torch.where(x < 2, outer, torch.zeros_like(x)))
@@ -60,9 +60,10 @@ def _weights(
     num_out: int,
     interpolation: str,
 ) -> torch.Tensor:
-    """Give the resampling weights (B, num_out, side_in), multiples of 2**-14.
+    """Return the resampling weights (B, num_out, side_in), multiples of 2**-14, along one side.
 
-    Row o makes pixel out_offset + o of the box, which is scaled to `side_out` (B,) pixels.
+    The box (start and length, in input pixels) is scaled to `side_out` (B,) pixels. Row o of the weights
+    computes pixel out_offset + o of the scaled box.
     """
     start, length = start.double()[:, None, None], length.double()[:, None, None]
     ratio = length / side_out.double()[:, None, None]
@@ -80,7 +81,7 @@ def _weights(
 
 @contextlib.contextmanager
 def _all_bits_of_float32():
-    """Turn TF32 off inside the block. It has 11 bits, and the sums here need 24."""
+    """Turn TF32 off inside the block. TF32 has 11 bits of precision, and the sums here need 24."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -98,27 +99,24 @@ def resample(
     flip: torch.Tensor,
     interpolation: str,
 ) -> torch.Tensor:
-    """Scale a box of each image, cut a square window from the result, and mirror it if `flip` says so.
+    """Scale a box of each image, cut a square window from the result, and mirror it where `flip` is True.
 
     images (B, C, H, W) and the other tensors may be on any device. boxes (B, 4) int64: top, left, height,
     width. scaled (B, 2): height and width of the scaled box. offsets (B, 2): top left corner of the (size,
-    size) window in the scaled box. flip (B,) bool. Gives (B, C, size, size) float32.
+    size) window in the scaled box. flip (B,) bool. Returns (B, C, size, size) float32.
     """
     B, C, H, W = images.shape
     boxes, scaled, offsets, flip = (
         t.to(images.device, non_blocking=True) for t in (boxes, scaled, offsets, flip)
     )
-    rows = _weights(
-        boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation
-    )  # (B, S, H)
-    cols = _weights(
-        boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation
-    )  # (B, S, W)
+    # rows (B, S, H) and cols (B, S, W)
+    rows = _weights(boxes[:, 0], boxes[:, 2], H, scaled[:, 0], offsets[:, 0], size, interpolation)
+    cols = _weights(boxes[:, 1], boxes[:, 3], W, scaled[:, 1], offsets[:, 1], size, interpolation)
     cols = torch.where(flip[:, None, None], cols.flip(1), cols)
 
     def whole(x: torch.Tensor) -> torch.Tensor:
         x = x.add_(0.5).floor_()
-        return x.clamp_(0, 255) if interpolation == "bicubic" else x  # which overshoots
+        return x.clamp_(0, 255) if interpolation == "bicubic" else x  # bicubic can overshoot
 
     lines = images.permute(0, 2, 1, 3).float().contiguous()
     with _all_bits_of_float32():
@@ -132,8 +130,8 @@ def resize(
 ) -> torch.Tensor:
     """Resize (and crop) as at evaluation: (B, C, H, W) uint8 -> (B, C, S, S).
 
-    Image i fills the top left sizes[i] of its canvas. sizes (B, 2) is on the CPU. Images that have the
-    right size are not touched.
+    Image i fills the top left sizes[i] (height, width) pixels of images[i]. sizes (B, 2) is on the CPU. If
+    all images have the right size, their pixels stay unchanged.
     """
     size = prep.image_size
     flip = torch.zeros(len(images), dtype=torch.bool) if flip is None else flip
@@ -144,20 +142,20 @@ def resize(
         scaled = sizes * short // sizes.amin(dim=1, keepdim=True)  # torchvision's rounding of the long side
     if images.shape[2:] == (size, size) and bool((sizes == size).all() and (scaled == size).all()):
         flip = flip.to(images.device, non_blocking=True)
-        return torch.where(flip[:, None, None, None], images.flip(3), images)  # untouched where it is equal
-    # Half a pixel goes as Python's round, torchvision's centre crop, has it: to the even side.
+        return torch.where(flip[:, None, None, None], images.flip(3), images)
+    # A margin of half a pixel is rounded to the even number, as in torchvision's centre crop.
     offsets = torch.round((scaled - size) / 2).long()
     boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=1)
     return resample(images, boxes, scaled, offsets, size, flip, prep.interpolation)
 
 
 def normalize(images: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
-    """Pixels 0..255 (B, C, H, W) -> float32: (pixel / 255 - mean) / std."""
+    """Normalise pixels 0..255 (B, C, H, W) to float32: (pixel / 255 - mean) / std."""
     mean, std = torch.tensor(prep.mean)[:, None, None], torch.tensor(prep.std)[:, None, None]
     shift, scale = (t.to(images.device, non_blocking=True) for t in (-mean / std, 1 / (255 * std)))
     return torch.addcmul(shift, images.float(), scale)
 
 
 def preprocess(images: torch.Tensor, sizes: torch.Tensor, prep: Preprocessing) -> torch.Tensor:
-    """Make the input at evaluation: (B, C, H, W) uint8, sizes (B, 2) on the CPU -> (B, C, S, S)."""
+    """Make the input as at evaluation: (B, C, H, W) uint8, sizes (B, 2) on the CPU -> (B, C, S, S)."""
     return normalize(resize(images, sizes, prep), prep)

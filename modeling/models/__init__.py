@@ -47,9 +47,9 @@ def build_model(
 ) -> nn.Module:
     """Build a model: images (B, 3, image_size, image_size), float32 -> logits (B, num_classes).
 
-    The weights are drawn from torch's generator. If `weights` is a safetensors file, its tensors then replace
-    them. model_args go to the constructor, because each model has arguments of its own. UserError: the name
-    is unknown, the model cannot take the image size, or the weights do not fit.
+    Weights are drawn from torch's generator, then replaced by those of the file `weights`, if it is given.
+    model_args go to the constructor, because each model has arguments of its own. UserError: the name is
+    unknown, the model cannot take the image size, or the weights do not fit.
     """
     check_model_name(name)
     constructor = MODELS.get(name) or functools.partial(backbones.create_backbone, name)
@@ -64,7 +64,7 @@ def model_arguments(
 ) -> dict[str, Any]:
     """Return the constructor's arguments: the recipe's, overridden by the flags.
 
-    UserError: a patch size is given for another model than vit_scratch.
+    UserError: a patch size is given, but the model is not vit_scratch.
     """
     arguments = dict(recipe.model_args)
     if name == "vit_scratch":
@@ -92,10 +92,10 @@ def default_image_size(name: str, weights: Weights | None = None) -> int | None:
 def preprocessing(
     name: str, recipe: recipes.Recipe, image_size: int, weights: Weights | None = None
 ) -> Preprocessing:
-    """Return the preprocessing that the weights were trained with, at `image_size`.
+    """Return the preprocessing of the weights, with `image_size` in place of their own image size.
 
-    A backbone with random weights uses timm's record. A model from scratch uses the recipe's mean and std,
-    and no crop.
+    A backbone with random weights uses timm's record of its pretrained weights. A model from scratch uses the
+    recipe's mean and std, and no crop.
     """
     own = (weights or find_weights(name)).preprocessing or Preprocessing(
         image_size=image_size, mean=recipe.mean, std=recipe.std
@@ -104,6 +104,6 @@ def preprocessing(
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Count all parameters, and the trainable ones."""
+    """Return the number of all parameters and the number of trainable ones."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, _ in counts), sum(n for n, trainable in counts if trainable)

@@ -40,8 +40,8 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
     num_classes 0 leaves the head out, so that the model returns features. UserError: the model cannot take
     this image size.
     """
-    # On a CPU, attention as two matrix products and a softmax is faster than fused attention. It needs more
-    # memory, but little of it for images up to 512 pixels, which have few tokens.
+    # On a CPU, attention as two matrix products and a softmax is faster than fused attention, but needs more
+    # memory. Images up to 512 pixels have few tokens, so the memory is small.
     timm.layers.set_fused_attn(torch.cuda.is_available() or image_size > 512)
     fixed_input_size = pretrained_config(model).fixed_input_size
     try:
@@ -50,7 +50,7 @@ def create_backbone(model: str, *, num_classes: int, image_size: int, head_dropo
             pretrained=False,
             num_classes=num_classes,
             drop_rate=head_dropout,
-            img_size=image_size if fixed_input_size else None,  # timm drops an argument that is None
+            img_size=image_size if fixed_input_size else None,  # timm ignores an argument that is None
         )
         if image_size != pretrained_config(model).input_size[-1]:
             # Some models reject a size only in the forward pass, so try one image.
@@ -68,7 +68,7 @@ class ViTLinearProbe(nn.Module):
 
     Input: images (B, 3, S, S) or features (B, 192), float. Output: logits (B, num_classes). The backbone gets
     no gradient and stays in eval mode while the head trains. With 10 classes, 1,930 of 5,526,346 parameters
-    are trainable. head_dropout 0.1 is the notebook's variant.
+    are trainable. The notebook also has a variant with head_dropout 0.1.
     """
 
     def __init__(self, *, num_classes: int = 10, image_size: int = 224, head_dropout: float = 0.0):

@@ -9,13 +9,13 @@ from modeling.errors import UserError
 class SimpleCNN(nn.Module):
     """Blocks of [Conv 3x3, (BatchNorm), MaxPool 2, ReLU], then Linear, ReLU, Dropout, Linear.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). ReLU stands after the pooling:
-    the result is the same as before it, and it works on a quarter of the numbers.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). ReLU comes after the pooling.
+    The result is the same as with ReLU first, and ReLU handles a quarter of the numbers.
 
-    `pool` averages the features to pool x pool, so the number of parameters is the same at every image size:
-    6,799,882 with the defaults and 10 classes. With `pool=None` the features are flattened as they are, and
-    the first Linear fits only `image_size`. `kaiming` draws the weights of each layer before a ReLU as in
-    He et al. (https://arxiv.org/abs/1502.01852). Without it they are PyTorch's defaults.
+    `pool` averages the features to pool x pool numbers per channel. So the number of parameters is the same
+    at every image size: 6,799,882 with the defaults and 10 classes. With `pool=None` there is no averaging,
+    and the first Linear fits only `image_size`. `kaiming=True` draws the weights of all layers but the last
+    as in He et al. (https://arxiv.org/abs/1502.01852). `kaiming=False` keeps PyTorch's default weights.
     UserError: the image is smaller than 2 ** len(channels).
     """
 
@@ -56,9 +56,8 @@ class SimpleCNN(nn.Module):
         )
         if kaiming:
             for module in self.modules():
-                if (
-                    isinstance(module, nn.Conv2d | nn.Linear) and module is not self.classifier[-1]
-                ):  # no ReLU follows that
+                # No ReLU follows the last layer, so it keeps PyTorch's default weights.
+                if isinstance(module, nn.Conv2d | nn.Linear) and module is not self.classifier[-1]:
                     nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                     nn.init.zeros_(module.bias)
 

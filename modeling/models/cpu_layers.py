@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# With more tokens than this the matrix of attention weights takes much memory, and the fused kernel is used.
+# With more tokens than this the attention weights (N, N) need too much memory, so the fused kernel is used.
 MAX_CPU_TOKENS = 1025
 
 
@@ -17,14 +17,14 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        num_dropped = round(self.p * 2**15)  # how many of the 2**15 values of 15 random bits mean "drop"
+        num_dropped = round(self.p * 2**15)  # drop where a random number of 15 bits is below this
         if not self.training or not 0 < num_dropped < 2**15 or x.device.type != "cpu":
             return super().forward(x)
         num_draws = (x.numel() + 3) // 4
         draws = torch.empty(num_draws, dtype=torch.int64).random_()
         draws = draws.view(torch.int16)[: x.numel()].view(x.shape)
         draws = draws.bitwise_and_(2**15 - 1)
-        # The difference is negative where a value is dropped. The shift leaves its sign, -1 or 0.
+        # draws - num_dropped is negative where a value is dropped. The shift turns the sign into -1 or 0.
         # Adding 1 gives 0 (dropped) or 1 (kept).
         kept = draws.sub_(num_dropped).bitwise_right_shift_(15).add_(1)
         scale = 2**15 / (2**15 - num_dropped)

@@ -32,8 +32,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention, then an MLP, each added to its input. (B, N, D) -> (B, N, D).
 
-    Post-norm normalises each sum, as in the first transformer. Pre-norm normalises the input of the attention
-    and of the MLP, as in ViT.
+    Post-norm normalises each sum, as in "Attention is all you need". Pre-norm normalises the inputs of
+    attention and MLP, as in ViT.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class Block(nn.Module):
 class SimpleViT(nn.Module):
     """Cut the image into patches, run `depth` blocks over them, and classify from the class token.
 
-    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With 10 classes it has
-    1,205,898 parameters with the defaults (32 px), and 2,497,418 with image_size 224, patch_size 16, depth 4
-    and mlp_dim 2048.
+    Takes (B, 3, image_size, image_size) float, gives logits (B, num_classes). With the defaults (32 px, 10
+    classes) it has 1,205,898 parameters. With image_size 224, patch_size 16, depth 4 and mlp_dim 2048 it has
+    2,497,418.
     UserError: patch_size does not divide image_size, or num_heads does not divide dim.
     """
 
@@ -121,8 +121,8 @@ class SimpleViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head_dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(dim, num_classes)
-        # ViT and DeiT also start with small weights. With PyTorch's larger defaults a post-norm model at
-        # 224 px keeps the loss of a random guess, ln(num_classes), for many steps.
+        # Start with small weights, as ViT and DeiT do. With PyTorch's larger defaults the loss of a post-norm
+        # model at 224 px stays at ln(num_classes), a random guess, for many steps.
         for module in self.blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -33,10 +33,10 @@ class Weights:
 def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
     """Find the file that --weights names, and download it if it is on the hub.
 
-    wanted is default, none, hf-hub:ORG/NAME[@REVISION] or the path of a file. The preprocessing of one of our
-    checkpoints is in its header. That of a hub repository named with hf-hub: is in its config.json, if it has
-    one. All other weights of a backbone use timm's record. UserError: there is no such file or repository, it
-    has no safetensors file, or the weights are of another architecture.
+    wanted is default, none, hf-hub:ORG/NAME[@REVISION] or the path of a file. The preprocessing comes from
+    the header of one of our checkpoints, from the config.json of an hf-hub: repository, or otherwise from
+    timm's record of the backbone. UserError: there is no such file or repository, it has no safetensors
+    file, or the weights belong to another architecture.
     """
     own = None if from_scratch else _preprocessing(vars(pretrained_config(model)))
     if wanted == "none" or (wanted == "default" and from_scratch):
@@ -83,7 +83,7 @@ def locate_weights(model: str, wanted: str, *, from_scratch: bool) -> Weights:
 
 
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
-    """Convert timm's record of a model's weights."""
+    """Convert timm's record of a model's weights to a Preprocessing."""
     return Preprocessing(
         image_size=config["input_size"][-1],
         mean=tuple(config["mean"]),
@@ -96,7 +96,7 @@ def _preprocessing(config: dict[str, Any]) -> Preprocessing:
 def head_keys(model: nn.Module) -> list[str]:
     """Return the keys of the layers whose shape depends on the number of classes.
 
-    This is the last layer, or the two heads of a distilled model.
+    They belong to the last layer, or to the two heads of a distilled model.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     heads = (
@@ -108,17 +108,17 @@ def head_keys(model: nn.Module) -> list[str]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a local file, of timm or of this project, into `model`.
+    """Load a file that timm or this project wrote into `model`.
 
-    A head for another number of classes is not loaded. UserError: other keys or shapes differ.
+    A head with another number of classes is skipped. UserError: any other key or shape differs.
     """
     state, _ = read_tensors(path)
     target = model.state_dict()
     probe = isinstance(model, ViTLinearProbe)
     if not (probe and any(key.startswith("backbone.") for key in state)):
         backbone = model.backbone if probe else model
+        # timm's function for this architecture, if any. It resizes position embeddings to the image size.
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-        # timm's own function. It fits the position embeddings to another image size.
         state = adapt(state, backbone) if adapt else state
         if probe:
             state = {f"backbone.{key}": value for key, value in state.items() if not key.startswith("head.")}

@@ -1,4 +1,4 @@
-"""The warnings above the page's figures. Each is there only if it is true."""
+"""The warnings at the top of the page. Each function returns a warning, or None if it does not apply."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class Banner:
 
 
 def banners(analysis: Analysis) -> list[Banner]:
-    """All that are true, in the order of the page."""
+    """Return the warnings that apply, in the order of the page."""
     found = [
         _runs(analysis),
         _not_compared(analysis),
@@ -34,8 +34,8 @@ def _runs(analysis: Analysis) -> Banner | None:
     if several and single:
         return Banner(
             f"One run of {join_names(single)}.",
-            f"Another seed moves it too. Of {join_names(several)} the intervals cover other seeds and "
-            f"other images. " + _shown_runs(analysis),
+            f"Another seed would change its accuracy too. The intervals of {join_names(several)} cover other "
+            f"seeds and other images. " + _shown_runs(analysis),
         )
     if several:
         return Banner(
@@ -46,9 +46,8 @@ def _runs(analysis: Analysis) -> Banner | None:
     if len(single) > 1:
         return Banner(
             "One run of each.",
-            "The intervals are about the images. Another seed moves a model too: to compare recipes, "
-            "train three or "
-            "more runs of each with different seeds.",
+            "The intervals cover other images, but not other seeds. Another seed changes the accuracy too. "
+            "To compare recipes, train three or more runs of each with different seeds.",
         )
     return None
 
@@ -56,8 +55,8 @@ def _runs(analysis: Analysis) -> Banner | None:
 def _shown_runs(analysis: Analysis) -> str:
     names = [entry.shown.name for entry in analysis.entries if len(entry.runs) > 1]
     return (
-        "Confusions, pictures, confidence, averages and labels show the run nearest to its recipe's mean "
-        "accuracy: "
+        "Confusions, pictures, confidence, averages and labels show one run of a recipe, the nearest to its "
+        "mean accuracy: "
         f"{join_names(names, most=12)}."
     )
 
@@ -74,8 +73,8 @@ def _not_compared(analysis: Analysis) -> Banner | None:
     return Banner(
         "Different images or classes.",
         f"{join_names(names, most=12)} saw other images or {'knows' if len(names) == 1 else 'know'} other "
-        f"classes: "
-        "not ranked, and not compared with the other models.",
+        f"classes. "
+        "So there is no rank and no comparison with the other models.",
     )
 
 
@@ -88,8 +87,8 @@ def _not_the_same_images(analysis: Analysis) -> Banner | None:
     names = join_names([analysis.entries[k].name for k in shared.entries], most=12)
     return Banner(
         "Not the same images.",
-        "Each pair is compared on the images that both saw. Classes, pictures, averages and labels are "
-        "about the "
+        "Each pair is compared on the images that both saw. Classes, pictures, averages and labels use "
+        "the "
         f"{plural(len(shared.rows), 'image')} that {names} saw.",
     )
 
@@ -99,7 +98,7 @@ def _few_images(analysis: Analysis) -> Banner | None:
     if num_images >= FEW_IMAGES:
         return None
     return Banner(
-        f"Only {plural(num_images, 'image')}.", "The intervals are wide: most differences cannot be seen."
+        f"Only {plural(num_images, 'image')}.", "The intervals are wide, so most differences cannot be shown."
     )
 
 

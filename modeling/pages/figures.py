@@ -1,7 +1,4 @@
-"""Scales, marks and small SVG plots.
-
-Colours are CSS classes, so that a figure follows the light or dark theme.
-"""
+"""Scales, marks and small SVG plots. Colours are CSS classes, so a figure adapts to a light or dark theme."""
 
 import base64
 import io
@@ -13,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-# One shape and one hue for each of the first six models; later ones repeat the shapes in grey.
+# Each of the first six models has a shape and a hue of its own. Later models repeat the shapes in grey.
 SHAPES = (
     "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0",
     "M-4.5 -4.5h9v9h-9z",
@@ -35,9 +32,9 @@ def shape(number: int) -> str:
 
 
 def round_ticks(low: float, high: float, at_most: int) -> list[float]:
-    """Round numbers from low to high.
+    """Return about `at_most` round numbers from low to high, for the ticks of an axis.
 
-    Multiples of 1, 2 or 5 times a power of ten, at most so many and one more.
+    The step is 1, 2 or 5 times a power of ten, such as 0.05.
     """
     rough = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -53,7 +50,7 @@ def percent_label(share: float) -> str:
 class Axis:
     """A horizontal scale of shares.
 
-    The call gives a position in percent of the width, values beyond it at its ends.
+    axis(value) returns a position in percent of the width. Values beyond the scale are placed at its ends.
     """
 
     def __init__(self, low: float, high: float, at_most: int = 4):
@@ -71,7 +68,7 @@ class Axis:
 
 
 class Plot:
-    """A small SVG. x and y are (low, high) of the data; pad is top, right, bottom, left in pixels."""
+    """A small SVG plot. x and y: (low, high) of the data. pad: top, right, bottom, left margin in pixels."""
 
     def __init__(
         self,
@@ -159,7 +156,7 @@ class Plot:
 
 
 def push_apart(positions: Sequence[float], gap: float) -> list[float]:
-    """Move labels that are nearer than `gap` apart, in their order."""
+    """Move labels apart until neighbours have a distance of `gap`. Keep their order."""
     order = np.argsort(positions, kind="stable")
     moved = np.array(positions, dtype=float)
     for _ in range(60):
@@ -179,9 +176,9 @@ def data_uri(image: Image.Image, kind: str, **options) -> str:
 
 
 def confusion_picture(matrix: np.ndarray, order: np.ndarray) -> str:
-    """A PNG as a data: URI.
+    """Draw a confusion matrix with one pixel per cell. Return a PNG as a data: URI.
 
-    A pixel a cell, whose opacity is the share of the row, so that any background shows.
+    A pixel's opacity is the cell's share of its row. So the picture fits a light or dark background.
     """
     shares = matrix[np.ix_(order, order)] / np.maximum(matrix.sum(axis=1)[order][:, None], 1)
     pixels = np.zeros((*shares.shape, 4), dtype=np.uint8)

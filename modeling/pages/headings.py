@@ -1,4 +1,4 @@
-"""The headings of the page's sections: each is the computed answer to the section's question."""
+"""The headings of the page's sections. Each answers the question of its section."""
 
 from modeling.analysis import Analysis
 from modeling.pages.names import name_of, over, pair_names, too_sure_text
@@ -29,15 +29,16 @@ def real(analysis: Analysis) -> str:
         return f"{word}: {over(analysis, pair)}"
     unreal = [pair for pair in pairs if not pair.is_real]
     if not unreal:
-        return f"Yes: all {len(pairs)} differences are"
+        return f"Yes: all {len(pairs)} differences are real"
     if len(unreal) == len(pairs):
-        return f"None of the {len(pairs)} differences is"
+        return f"No: none of the {len(pairs)} differences is real"
     named = "; ".join(pair_names(analysis, pair) for pair in unreal[:2])
     if len(unreal) > 2:
         named += f"; and {plural(len(unreal) - 2, 'other pair')}"
     num_real = len(pairs) - len(unreal)
     return (
-        f"{num_real} of {len(pairs)} differences {'is' if num_real == 1 else 'are'}; not told apart: {named}"
+        f"{num_real} of {len(pairs)} differences {'is' if num_real == 1 else 'are'} real; "
+        f"not told apart: {named}"
     )
 
 

@@ -1,7 +1,4 @@
-"""How the page names entries and pairs, and the sentences that several parts use.
-
-Names are plain text here.
-"""
+"""Names of entries and pairs, and sentences that several parts of the page use, as plain text."""
 
 from modeling.analysis import Analysis, Average
 from modeling.compare import Pair

@@ -14,7 +14,7 @@ from modeling.pages.figures import data_uri
 
 MOST_PICTURES = 250
 SIDE = 112  # pixels of a shrunk picture
-SMALL = 64  # pictures up to this size are kept as they are, without loss
+SMALL = 64  # pixels; smaller pictures are encoded at full size without loss
 NUM_SUSPECTS = 12
 _PER_PAIR = 12
 _PER_KIND = 24
@@ -24,7 +24,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Tile:
-    """An image of the page: its position among the shared images, and why it is there.
+    """An image of the page: its position among the shared images, and the reasons to show it.
 
     kinds: "pair" (one model right, another wrong), "all" (all wrong), "random" (an error drawn at random),
     "label" (its label is suspect), "cell" (one of a frequent confusion).
@@ -35,7 +35,7 @@ class Tile:
 
 
 def encode(image: Image.Image) -> str:
-    """A picture as WebP: small ones without loss, larger ones shrunk to 112 pixels."""
+    """Encode a picture as WebP. Small ones have no loss; larger ones shrink to 112 pixels."""
     image = image.convert("RGB")
     if max(image.size) <= SMALL:
         return data_uri(image, "WEBP", lossless=True)
@@ -44,9 +44,9 @@ def encode(image: Image.Image) -> str:
 
 
 def choose_tiles(analysis: Analysis, most: int = MOST_PICTURES) -> list[Tile]:
-    """At most `most` images, the most confident errors first.
+    """Choose at most `most` images, the most confident errors first.
 
-    Images for the first reasons of `_reasons` are kept where there are too many.
+    If there are too many, the first reasons of `_reasons` have priority.
     """
     kinds: dict[int, set[str]] = {}
     for kind, positions in _reasons(analysis):
@@ -61,7 +61,7 @@ def choose_tiles(analysis: Analysis, most: int = MOST_PICTURES) -> list[Tile]:
 
 
 def _reasons(analysis: Analysis) -> Iterator[tuple[str, np.ndarray]]:
-    """(kind, positions) of the images worth showing."""
+    """Yield (kind, positions) of the images that are worth showing."""
     shared = analysis.shared
     right = np.stack([model.right for model in shared.models])
     confidence = np.stack([model.confidence for model in shared.models])
@@ -86,7 +86,7 @@ def _reasons(analysis: Analysis) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _largest(positions: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The positions in the order of falling values."""
+    """Sort the positions by their values, the largest first."""
     return positions[np.argsort(-values[positions], kind="stable")]
 
 

@@ -10,12 +10,12 @@ from modeling.pages.figures import Plot, hue, percent_label, push_apart, round_t
 from modeling.pages.words import milliseconds, percent, shorten
 from modeling.scores import Scores
 
-LINE_GAP = 14  # pixels between the names at the ends of lines
-LEAST_SURE_IMAGES = 60  # a risk of fewer images is not drawn
+LINE_GAP = 14  # pixels between two names in a plot
+LEAST_SURE_IMAGES = 60  # the error rate of fewer images is too noisy to draw
 
 
 def accuracy_range(analysis: Analysis) -> tuple[float, float]:
-    """The range of all accuracies with their intervals and runs, and a margin."""
+    """The range that contains all accuracies, their intervals and runs, with a margin."""
     lows = [min(entry.accuracy.low, *_run_accuracies(entry)) for entry in analysis.entries]
     highs = [max(entry.accuracy.high, *_run_accuracies(entry)) for entry in analysis.entries]
     return max(0.0, min(lows) - 0.02), min(1.0, max(highs) + 0.02)
@@ -26,9 +26,9 @@ def _run_accuracies(entry) -> list[float]:
 
 
 def cost_plot(analysis: Analysis) -> Markup | None:
-    """Accuracy over time an image, with the frontier of what is worth its time. None.
+    """Plot accuracy against time per image, and the best accuracy that each time allows.
 
-    Fewer than two speeds are known.
+    None: fewer than two speeds are known.
     """
     times = {k: analysis.milliseconds(k) for k in range(len(analysis.entries))}
     times = {k: value for k, value in times.items() if value}
@@ -65,13 +65,13 @@ def cost_plot(analysis: Analysis) -> Markup | None:
 
 
 def _has_neighbour(points: dict[int, tuple[float, float]], k: int) -> bool:
-    """Whether another mark stands close to the right of mark k, where its name would be."""
+    """Whether another mark is close to the right of mark k, where the name of k would be."""
     x, y = points[k]
     return any(0 < other_x - x < 60 and abs(other_y - y) < LINE_GAP for other_x, other_y in points.values())
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten, and where fewer than two are in range also twice and five times them."""
+    """Return the powers of ten in the range. If there are fewer than two, add 2 and 5 times each power."""
     powers = [10.0**exponent for exponent in range(-5, 7)]
     ticks = [value for value in powers if low <= value <= high]
     if len(ticks) >= 2:
@@ -80,7 +80,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _draw_frontier(plot: Plot, analysis: Analysis, times: dict[int, float]) -> None:
-    """A step line: the best accuracy that can be had in a given time."""
+    """Draw the best accuracy that each time allows, as a step line."""
     steps, best = [], -1.0
     for k in analysis.worth_their_time:
         if analysis.entries[k].accuracy.value > best:
@@ -91,16 +91,13 @@ def _draw_frontier(plot: Plot, analysis: Analysis, times: dict[int, float]) -> N
 
 
 def lowest_confidence(analysis: Analysis) -> float:
-    """Where the reliability panels begin: they all have one scale."""
+    """The lower end of the scale that all reliability panels share."""
     lowest = min(one.confidence for scores in analysis.scores for one in scores.bins)
     return min(0.5, math.floor(10 * lowest) / 10)
 
 
 def reliability_plot(scores: Scores, confidence: np.ndarray, number: int, low: float, name: str) -> Markup:
-    """How often answers are right, over the confidence that they were given with.
-
-    At the foot their distribution.
-    """
+    """Plot accuracy against confidence. At the bottom, a histogram of the confidence."""
     plot = Plot(220, 236, (low, 1), (low, 1), pad=(8, 8, 52, 32))
     ticks = [value for value in (0, 0.2, 0.4, 0.6, 0.8, 1) if value >= low]
     plot.axes(ticks, ticks, "", "", percent_label, percent_label)
@@ -135,7 +132,7 @@ def reliability_plot(scores: Scores, confidence: np.ndarray, number: int, low: f
 
 
 def coverage_plot(analysis: Analysis) -> Markup:
-    """Error among the images that a model answers, the surest first."""
+    """Plot the error rate against the share of images that a model answers, the surest first."""
     worst = max(1 - scores.accuracy.value for scores in analysis.scores)
     top = max(0.01, 1.08 * worst)
     plot = Plot(440, 290, (0, 1), (0, top), pad=(22, 92, 36, 40))
@@ -160,7 +157,7 @@ def coverage_plot(analysis: Analysis) -> Markup:
 
 
 def curves_plot(analysis: Analysis) -> Markup | None:
-    """Validation accuracy by epoch, with a ring at the epoch that was kept. None: no entry has a curve."""
+    """Plot validation accuracy by epoch. A ring marks the checkpoint's epoch. None: there are no curves."""
     curves = {
         k: analysis.curves[entry.shown.name]
         for k, entry in enumerate(analysis.entries)
@@ -197,7 +194,7 @@ def curves_plot(analysis: Analysis) -> Markup | None:
 
 
 def _label_ends(plot: Plot, analysis: Analysis, curves: dict[int, list[tuple[int, float]]]) -> None:
-    """Names at the last points of the curves, pushed apart."""
+    """Write the names beside the last points of the curves, without overlap."""
     heights = push_apart([plot.y(curve[-1][1]) + 4 for curve in curves.values()], LINE_GAP)
     for (k, curve), height in zip(curves.items(), heights, strict=True):
         plot.label(plot.x(curve[-1][0]) + 8, height, shorten(analysis.entries[k].name, 13))

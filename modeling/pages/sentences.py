@@ -1,4 +1,4 @@
-"""The page's title, its lead and the facts under it, computed from the analysis."""
+"""The page's title, the sentence below it, and the facts, computed from the analysis."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from modeling.pages.words import (
 
 @dataclass(frozen=True)
 class Fact:
-    """One of the facts under the title: its label, the section that it links to, its sentence."""
+    """A fact under the title: its label, the section that it links to, and its sentence."""
 
     label: str
     anchor: str

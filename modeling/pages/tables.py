@@ -15,15 +15,15 @@ from modeling.stats.calibration import error_at_coverage
 from modeling.stats.proportions import Interval, wilson_interval
 
 COVERAGES = (1.0, 0.9, 0.8, 0.5)
-MANY_CLASSES = 30  # more are shown as 15 hard and 15 that differ; their matrix is a picture
-MOST_MATRICES_OF_MANY = 100  # with more classes only the two best models have a matrix
-TOP5_CLASSES = 20  # with fewer classes top-5 accuracy is always near 1
-STRONGEST_HEAT = 0.5  # opacity of a cell, so that its number stays readable
+MANY_CLASSES = 30  # with more, the table has 30 classes (see class_rows), and a confusion matrix is a picture
+MOST_MATRICES_OF_MANY = 100  # with more classes, only the two best models have a confusion matrix
+TOP5_CLASSES = 20  # with fewer classes, top-5 accuracy is always near 1 and is not shown
+STRONGEST_HEAT = 0.5  # largest opacity of a cell; its number stays readable
 
 
 @dataclass(frozen=True, eq=False)
 class ModelRow:
-    """An entry in the tables of sections 1, 3 and 6. number is that of its mark; None: not known."""
+    """An entry in the tables of sections 1, 3 and 6. number chooses its mark. None: a value is not known."""
 
     number: int
     name: str
@@ -71,9 +71,9 @@ def model_rows(analysis: Analysis) -> list[ModelRow]:
 
 @dataclass(frozen=True, eq=False)
 class MeasuresRow:
-    """An entry's shown run in the fold of section 1. tied_top5.
+    """An entry's shown run in "More measures" of section 1.
 
-    Top-5 accuracy with ties counted against it.
+    tied_top5: top-5 accuracy with ties counted against the model.
     """
 
     number: int
@@ -100,9 +100,9 @@ def measures_rows(analysis: Analysis) -> list[MeasuresRow]:
 
 @dataclass(frozen=True)
 class PairRow:
-    """A pair in section 2. beyond is -1 or 1 where the difference lies left or right of the scale, else 0.
+    """A pair in section 2. beyond: -1 left of the scale, 1 right of it, 0 inside.
 
-    width_a and width_b are lengths of the bars in pixels.
+    width_a and width_b are the lengths of the bars in pixels.
     """
 
     pair: Pair
@@ -114,7 +114,7 @@ class PairRow:
 
 
 def pair_axis(pairs: list[Pair]) -> Axis:
-    """The scale of the differences. The closer half of the pairs decides it: these need a statistic."""
+    """The scale of the differences. It fits the smaller half; larger differences are drawn at its end."""
     closest = sorted(pairs, key=lambda pair: pair.difference.high)[: (len(pairs) + 1) // 2]
     low = min(0.0, min(pair.difference.low for pair in pairs)) - 0.003
     high = max(0.01, max(pair.difference.high for pair in closest) * 1.12)
@@ -141,7 +141,7 @@ def pair_rows(analysis: Analysis, pairs: list[Pair], axis: Axis) -> list[PairRow
 
 @dataclass(frozen=True, eq=False)
 class ClassRow:
-    """A class in section 4. recall follows the shared models; winners are numbers of marks and names."""
+    """A class in section 4. recall: per shared model. winners: (number of the mark, name)."""
 
     name: str
     num_images: int
@@ -151,9 +151,9 @@ class ClassRow:
 
 
 def class_rows(analysis: Analysis) -> list[ClassRow]:
-    """The hardest class first.
+    """Return a row for each class, the hardest first.
 
-    Of more than 30 classes the 15 hardest and the 15 on which models differ most.
+    With more than 30 classes: only the 15 hardest, and the 15 on which the models differ most.
     """
     scores = analysis.classes
     mean = scores.recall.mean(axis=0)
@@ -191,7 +191,7 @@ def class_axis(rows: list[ClassRow]) -> Axis:
 
 @dataclass(frozen=True, eq=False)
 class ConfusionRow:
-    """A frequent confusion. cells are counts with their heat, in the order of the shared models."""
+    """A frequent confusion. cells: (count, opacity) per shared model."""
 
     true: int
     predicted: int
@@ -220,15 +220,15 @@ def confusion_rows(analysis: Analysis) -> list[ConfusionRow]:
 
 
 def heat(strength: float) -> str:
-    """The opacity of a cell whose value is `strength` of the largest."""
+    """The opacity of a cell. strength is its value divided by the largest value."""
     return f"{STRONGEST_HEAT * strength:.2f}"
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A confusion matrix: cells of text and heat row by row, or a picture where there are many classes.
+    """A confusion matrix: rows of cells (count, opacity), or a picture if there are many classes.
 
-    order holds the class numbers of its rows and columns.
+    order lists the class numbers of its rows and columns.
     """
 
     k: int
@@ -288,7 +288,7 @@ def trust_rows(analysis: Analysis, panels: list[Markup]) -> list[TrustRow]:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the bar of section 7: how many images, and the CSS class of its colour."""
+    """A part of the bar of section 7: its text, its number of images, its colour's CSS class."""
 
     text: str
     count: int
@@ -297,7 +297,7 @@ class Part:
 
 
 def parts(analysis: Analysis) -> list[Part]:
-    """Images by how many models have them right; with two models also by which."""
+    """Count the images by the number of models that are right. With two models, name the right one."""
     num_models = len(analysis.shared.models)
     num_right = analysis.num_right
     if num_models == 2:
@@ -342,16 +342,16 @@ def average_rows(analysis: Analysis) -> list[AverageRow]:
 
 
 def agreement_rows(analysis: Analysis) -> list[tuple[str, str, Interval]]:
-    """(model, model, Cohen's kappa), the pair that fails together least first; undefined ones last."""
+    """Return (model, model, Cohen's kappa), sorted by kappa. Pairs without a defined kappa come last."""
     names = [analysis.shared_entry(k).name for k in range(len(analysis.shared.models))]
     rows = [(names[a], names[b], kappa) for (a, b), kappa in analysis.agreement.items()]
     return sorted(rows, key=lambda row: (bool(np.isnan(row[2].value)), row[2].value))
 
 
 def largest_class(analysis: Analysis) -> tuple[str, str]:
-    """The name of the class with most images, and its share in percent.
+    """Return the name of the largest class, and its share of the images in percent.
 
-    What a model would have that always says it.
+    The share is the accuracy of a model that always predicts this class.
     """
     counts = np.bincount(analysis.shared.labels, minlength=len(analysis.shared.classes))
     return analysis.shared.classes[int(counts.argmax())], percent(counts.max() / counts.sum())

@@ -1,4 +1,4 @@
-"""Numbers and names as the comparison page writes them."""
+"""Format numbers and names for the comparison page."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ LONGEST_NAME = 24  # letters, in a sentence
 
 
 def percent(share: float) -> str:
-    """94.4. A share below 1 is never written 100.0, and one above 0 never 0.0."""
+    """Format a share in percent: 94.4. A share below 1 is never 100.0, and a share above 0 is never 0.0."""
     text = f"{100 * share:.1f}"
     if text == "100.0" and share < 1:
         return "> 99.9"
@@ -17,7 +17,7 @@ def percent(share: float) -> str:
 
 
 def signed(difference: float) -> str:
-    """A difference of shares in percentage points, with a minus sign proper."""
+    """Format a difference of shares in percentage points, with a minus sign instead of a hyphen."""
     return points(difference).replace("-", "\N{MINUS SIGN}")
 
 
@@ -34,14 +34,14 @@ def p_value(p: float) -> str:
 
 
 def shorten(name: str, length: int = LONGEST_NAME) -> str:
-    """The name, cut to so many letters. A name of spaces alone could not be seen."""
+    """Cut the name to `length` letters. A name of spaces alone becomes "(empty name)"."""
     if not name.strip():
         return "(empty name)"
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def join_names(names: Sequence[str], most: int = 3, length: int = LONGEST_NAME) -> str:
-    """a; a and b; a, b and c; a, b, c and 2 others."""
+    """Examples: "a"; "a and b"; "a, b and c"; "a, b, c and 2 others"."""
     shown = [shorten(name, length) for name in names[:most]]
     num_others = len(names) - len(shown)
     if num_others:
@@ -50,12 +50,12 @@ def join_names(names: Sequence[str], most: int = 3, length: int = LONGEST_NAME) 
 
 
 def plural(count: int, noun: str) -> str:
-    """1 image; 2,000 images."""
+    """Examples: "1 image"; "2,000 images"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def milliseconds(value: float) -> str:
-    """Two decimals below 10 ms, at least two significant digits below 0.1 ms."""
+    """Format milliseconds: one decimal from 10 ms on, two below, two significant digits below 0.1 ms."""
     if value < 0.1:
         return f"{value:.2g}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"
@@ -68,7 +68,7 @@ def times_as_long(ratio: float) -> str:
 
 
 def short_count(count: float) -> str:
-    """545 k, 5.5 M: of parameters."""
+    """Format a number of parameters: "545 k", "5.5 M"."""
     if count >= 1e6:
         return f"{count / 1e6:.1f} M"
     return f"{count / 1e3:.0f} k" if count >= 1e3 else f"{count:.0f}"

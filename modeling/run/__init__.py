@@ -1,1 +1,1 @@
-"""One training run: its file names, checkpoints, states, signals, logs, and how its processes start."""
+"""One training run: file names, lock, checkpoints, states, signals, logs, processes."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with -dirty where tracked files differ from it; None outside one."""
+    """The commit of this checkout, with "-dirty" if tracked files have changed. None: there is no git."""
     try:
         run = subprocess.run(
             ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -61,10 +61,10 @@ def make_header(
     dataset: dict[str, Any],
     weights: Weights,
 ) -> dict[str, Any]:
-    """What a checkpoint records of its run.
+    """Return what a checkpoint records about its run.
 
-    model: the arguments of build_model; arguments: the resolved settings; dataset: its name, revision and
-    fingerprint.
+    model: the arguments of build_model. arguments: the resolved settings. dataset: its name, its revision and
+    the SHA-256 of its training images.
     """
     return {
         "model": model,
@@ -81,7 +81,7 @@ def make_header(
 def save_checkpoint(
     path: Path, state: dict[str, torch.Tensor], header: dict[str, Any], clock: dict[str, float]
 ) -> None:
-    """Write weights and a header of JSON values. Times go to `clock`; all else is reproducible."""
+    """Write weights and a header of JSON values. `clock` holds the times; the rest is reproducible."""
     clock = {"saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **clock}
     header = {"format_version": FORMAT_VERSION, **header, "clock": clock}
     state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
@@ -94,7 +94,7 @@ def save_checkpoint(
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. UserError: not a whole safetensors file, or not one of ours."""
+    """Read a checkpoint's header. UserError: the file is broken, or train.py did not write it."""
     with open_safetensors(Path(path)) as file:
         return _parse(Path(path), file.metadata() or {})
 
@@ -107,16 +107,16 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     header = json.loads(metadata[HEADER_KEY])
     if header["format_version"] > FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {header['format_version']}, newer than this program's "
-            f"{FORMAT_VERSION}: update it"
+            f"{path} has format version {header['format_version']}, but this program reads only up to "
+            f"{FORMAT_VERSION}: update the program"
         )
     return header
 
 
 def load_model(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model from the file alone, and return it in eval mode, with the header.
+    """Rebuild the model from the file alone. Return it in eval mode, with the header.
 
-    UserError: not a whole safetensors file, not one of ours, or keys that the model lacks or the file lacks.
+    UserError: the file is broken, train.py did not write it, or its tensors do not fit the model.
     """
     state, metadata = read_tensors(Path(path))
     header = _parse(Path(path), metadata)

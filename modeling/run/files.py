@@ -1,4 +1,12 @@
-"""Every file name of a run, in one place."""
+"""The files and folders of a run, in one place.
+
+checkpoints/{run}_best.safetensors and {run}_final.safetensors    the checkpoints
+checkpoints/{run}_state/                                          the states to resume from (state.py)
+runs/{run}/                                                       TensorBoard events, metrics.jsonl
+(tracking.py) checkpoints/.{run}.lock, runs/.{run}.lock                         the locks (lock.py)
+traces/                                                           what evaluate.py writes for a checkpoint
+previous/{run}-{time}/                                            an older run of the same name, moved aside
+"""
 
 import contextlib
 import datetime
@@ -13,7 +21,7 @@ from modeling.files import check_writable
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of the run `run` under `output_dir`. Nothing is created here; a path may not exist."""
+    """The files of the run `run` under `output_dir`. This class creates no file. The paths need not exist."""
 
     output_dir: Path
     run: str
@@ -51,7 +59,7 @@ class RunFiles:
         return [folder / f".{self.run}.lock" for folder in sorted(folders)]
 
     def evaluations(self) -> list["EvaluationFiles"]:
-        """What evaluate.py may have written of this run, named after the run or after a checkpoint."""
+        """The files that evaluate.py may have written for this run, under any of its names."""
         traces = self.output_dir / "traces"
         return [EvaluationFiles(traces, name) for name in (self.run, self.best.stem, self.final.stem)]
 

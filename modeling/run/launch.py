@@ -1,4 +1,4 @@
-"""Processes, threads, precision, and the agreement of the ranks."""
+"""Processes, threads and precision, and checks that all processes agree."""
 
 import ctypes
 import datetime
@@ -33,23 +33,23 @@ def is_main_process() -> bool:
 
 
 def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) -> Accelerator:
-    """Set the threads, join the other processes, and silence all but the main one.
+    """Set the threads, join the other processes, and silence the output of all but the main one.
 
-    None leaves a choice to the launcher's environment. UserError: this machine cannot do what was asked.
+    None means that the launcher's environment decides. UserError: this machine cannot do it.
     """
     set_num_threads(num_threads)
     keep_freed_memory()
-    torch.backends.cuda.matmul.allow_tf32 = True  # convolutions use TF32 by default, too
+    torch.backends.cuda.matmul.allow_tf32 = True  # as convolutions do by default
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if num_restarts and world_size > 1:
         _join_again(num_restarts, world_size)
-    # MPS has no float64, in which losses are summed. Processes without a GPU find each other only with
-    # cpu=True.
+    # Losses are summed in float64, which MPS does not have. Several processes without a GPU need cpu=True to
+    # find each other.
     use_cpu = torch.backends.mps.is_available() or (world_size > 1 and not torch.cuda.is_available())
-    # accelerate keeps its choices for the whole process. Forget them: a second run may choose another
-    # precision.
+    # accelerate keeps its first choices until the process ends. Reset them, because a second run in the same
+    # process may choose another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(
         mixed_precision=mixed_precision,
@@ -58,8 +58,8 @@ def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) ->
     )
     if accelerator.num_processes != world_size:
         raise UserError(
-            f"{world_size} processes were launched, but they do not see each other: each is one of "
-            f"{accelerator.num_processes}; launch with a file of accelerate_configs/, or with torchrun"
+            f"{world_size} processes were launched, but each sees only {accelerator.num_processes}: "
+            "launch with a file of accelerate_configs/, or with torchrun"
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 needs a GPU; on a CPU use --mixed-precision bf16 or no")
@@ -69,10 +69,10 @@ def make_accelerator(*, mixed_precision: str | None, num_threads: int | None) ->
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Use `num_threads` CPU threads; None: OMP_NUM_THREADS, else this process's share of the cores."""
+    """Use `num_threads` CPU threads. None: use OMP_NUM_THREADS, or this process's share of the cores."""
     by_environment = os.environ.get("OMP_NUM_THREADS")
     is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if is_launched and by_environment == "1":  # the launcher sets 1 where nobody chose
+    if is_launched and by_environment == "1":  # the launcher sets 1 if the user sets nothing
         by_environment = None
     if num_threads:
         torch.set_num_threads(num_threads)
@@ -84,8 +84,8 @@ def set_num_threads(num_threads: int | None) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next step.
 
-    By default it returns large tensors to the system, which hands them out again as zeroed pages: slow at
-    every step.
+    By default glibc returns large tensors to the system, which has to clear the pages before the next use.
+    That slows down every step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -97,7 +97,8 @@ def keep_freed_memory() -> None:
 def _join_again(attempt: int, world_size: int) -> None:
     """Join the process group of a restarted job under new keys.
 
-    The launcher's store still has the addresses of the dead processes: https://github.com/pytorch/pytorch/issues/135712.
+    Under the old keys the launcher's store still has the addresses of the dead processes:
+    https://github.com/pytorch/pytorch/issues/135712.
     """
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -116,15 +117,15 @@ def _join_again(attempt: int, world_size: int) -> None:
 
 
 def refuse_processes() -> None:
-    """UserError: this is one of several processes, in a script that is for one."""
+    """UserError: several processes were launched, but the script supports only one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
-            "this script is for one process: start it with python, or launch it with --num_processes 1"
+            "this script supports only one process: start it with python, or with --num_processes 1"
         )
 
 
 def precision_text(accelerator: Accelerator) -> str:
-    """The precision, with a hint where the hardware has fast bf16 that is off."""
+    """Name the precision. Add a hint if the hardware has fast bf16 and it is not used."""
     precision = accelerator.mixed_precision
     if accelerator.device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
@@ -139,7 +140,7 @@ def precision_text(accelerator: Accelerator) -> str:
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> None:
-    """Call `action` on the main process. UserError on every process: it had one there."""
+    """Call `action` on the main process. If it raises UserError there, raise it on every process."""
     messages: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -159,8 +160,7 @@ def check_agreement(accelerator: Accelerator, content: Any) -> None:
     digests = accelerator.gather(torch.tensor([digest], device=accelerator.device))
     if len(digests.unique()) > 1:
         raise UserError(
-            "the processes were started with other arguments, or read other images: "
-            "start all with the same command and data"
+            "the processes have different arguments or images: start all with the same command and data"
         )
 
 
@@ -178,6 +178,6 @@ def check_shared_folder(accelerator: Accelerator, folder: Path) -> None:
         probe.unlink()
     if not is_seen:
         raise UserError(
-            f"--output-dir {folder} is not the folder that the main process writes: "
-            "all machines must share it"
+            f"--output-dir {folder} is not the same folder as on the main process: "
+            "give a folder that all machines share"
         )

@@ -1,9 +1,9 @@
-"""One owner at a time: a lock file that says which process works on some files.
+"""Lock files: only one process at a time may write the files of a run.
 
-A lock is stale if its owner has ended. On the same machine /proc says so. On another machine, or in another
-container, nobody can ask: therefore an owner renews its lock every few seconds, and a lock that nobody renews
-for a while is broken. File systems without `flock` will do. It is only used, where it works, so that two
-processes cannot both break the same stale lock.
+A lock file names its owner. A lock is stale if its owner has ended; then another process may take it over. On
+the same machine /proc tells whether the owner still runs. Another machine or container cannot see this.
+Therefore an owner renews its lock every few seconds, and a lock without renewal becomes stale after a while.
+`flock`, if the file system has it, prevents two processes from taking over the same stale lock.
 """
 
 import contextlib
@@ -31,16 +31,16 @@ except ImportError:  # Windows
     fcntl = None
 
 RENEW_SECONDS = 5.0
-WATCH_SECONDS = 20.0  # without a renewal for so long, a lock of another machine is stale
-LOOK_SECONDS = 0.1  # between two looks at it
+WATCH_SECONDS = 20.0  # a lock of another machine is stale after so long without renewal
+LOOK_SECONDS = 0.1  # between two looks at a lock that may be stale
 
 
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock.
 
-    machine is the boot of a machine and the namespace of its process numbers. ticks is when the process
-    started, counted from that boot.
+    machine identifies a machine since its last boot, and its namespace of process numbers. ticks is the start
+    of the process in ticks since that boot. So a later process with the same number is not mistaken for it.
     """
 
     host: str
@@ -53,7 +53,7 @@ class Owner:
         return f"process {self.pid} of {self.host}, since {self.started}"
 
     def is_alive(self) -> bool | None:
-        """Whether the owner still runs; None: it cannot be told from here."""
+        """Whether the owner still runs. None: this process cannot tell."""
         if not self.machine or self.machine != _machine():
             return None
         ticks = _start_ticks(self.pid)
@@ -65,7 +65,7 @@ class Owner:
 class Lock:
     """A lock on the files that `description` names, such as "run 'cnn' in results".
 
-    There is a lock file in each folder that the files are in. `advice` says what to do if the lock is taken.
+    Each folder that holds such files has a lock file. `advice` says what to do if the lock is taken.
     """
 
     def __init__(self, paths: list[Path], *, description: str, advice: str):
@@ -85,7 +85,7 @@ class Lock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock, also from an owner that has ended. UserError: another process holds it."""
+        """Take the lock, or take over a stale one. UserError: another process holds it."""
         own_pid = os.getpid()
         owner = Owner(
             host=platform.node(),
@@ -110,7 +110,7 @@ class Lock:
     def _take(self, path: Path) -> None:
         while not _create(path, self.content):
             found = _read(path)
-            if found is None:  # its owner has just given it up
+            if found is None:  # its owner has just released it
                 continue
             holder = _parse(found)
             is_alive = holder.is_alive() if holder else None
@@ -123,10 +123,10 @@ class Lock:
                 return
 
     def _is_renewed(self, path: Path, holder: Owner | None) -> bool:
-        """Watch the lock of a process that cannot be asked. True: that process, or another one, renews it."""
+        """Watch a lock whose owner cannot be checked. True: that process, or another one, renews the lock."""
         print(
             f"{self.description} was in use by {holder or 'another process'}; "
-            f"waiting {WATCH_SECONDS:.0f} s to see whether that still runs",
+            f"waiting {WATCH_SECONDS:.0f} s to see whether that process still runs",
             flush=True,
         )
         first = _version(path)
@@ -139,7 +139,7 @@ class Lock:
         return False
 
     def _renew(self) -> None:
-        """Show other machines that the owner lives, until the lock is released."""
+        """Renew the lock until it is released, so that other machines see that the owner still runs."""
         while not self.has_ended.wait(RENEW_SECONDS):
             for path in self.taken:
                 with contextlib.suppress(OSError):
@@ -147,7 +147,7 @@ class Lock:
                         os.utime(path)
 
     def check(self) -> None:
-        """UserError: another process has taken the lock, as happens to one that was suspended for long."""
+        """UserError: another process took the lock over, for example while this one was suspended."""
         for path in self.taken:
             if _read(path) == self.content or _create(path, self.content):
                 continue
@@ -157,14 +157,14 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give the lock up, and remove the folders that were made for it alone."""
+        """Release the lock. Remove the folders that it made, if they are still empty."""
         self.has_ended.set()
         for path in self.taken:
             with contextlib.suppress(OSError):
                 if _read(path) == self.content:
                     path.unlink()
         for folder in self.made_folders:
-            with contextlib.suppress(OSError):  # it has files now
+            with contextlib.suppress(OSError):  # the folder holds files now
                 folder.rmdir()
         self.taken = []
         self.made_folders = []
@@ -172,9 +172,9 @@ class Lock:
 
 @contextlib.contextmanager
 def hold_run(accelerator: Accelerator, run_files: RunFiles) -> Iterator[Lock]:
-    """Hold the lock of a run's files. All processes enter; the main one takes it.
+    """Hold the lock of a run's files. All processes call this; the main one takes the lock.
 
-    UserError, on every process: another process holds it.
+    UserError, on every process: another run holds the lock.
     """
     lock = Lock(
         run_files.locks if accelerator.is_main_process else [],
@@ -189,7 +189,7 @@ def hold_run(accelerator: Accelerator, run_files: RunFiles) -> Iterator[Lock]:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Create the file, in a folder that is made if it is missing. False: the file exists."""
+    """Create the file, and its folder if needed. False: the file exists already."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -203,7 +203,7 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _replace(path: Path, expected: bytes, content: bytes) -> bool:
-    """Replace the file's content. False: it was not as expected, because another process was faster."""
+    """Replace the file's content. False: another process changed it first."""
     try:
         with path.open("rb+") as file:
             if fcntl:
@@ -227,7 +227,10 @@ def _read(path: Path) -> bytes | None:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """What changes when the lock is renewed. Opening it makes a network file system ask anew."""
+    """Return a value that changes when the lock is renewed. None: there is no lock.
+
+    Opening the file makes a network file system fetch its status anew.
+    """
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
@@ -237,7 +240,7 @@ def _version(path: Path) -> tuple[int, int] | None:
 
 
 def _parse(content: bytes) -> Owner | None:
-    """None: the content is of another kind, or still being written."""
+    """Read the owner from a lock's content. None: it is not a lock, or not completely written."""
     try:
         return Owner(**json.loads(content))
     except (ValueError, TypeError):
@@ -246,7 +249,7 @@ def _parse(content: bytes) -> Owner | None:
 
 @functools.cache
 def _machine() -> str:
-    """This boot of this machine, and the namespace of its process numbers; "" where /proc does not say."""
+    """Identify this machine since its boot, and its namespace of process numbers. "": there is no /proc."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -255,7 +258,7 @@ def _machine() -> str:
 
 
 def _start_ticks(pid: int) -> str:
-    """When a process started, in ticks since the boot; "" where it has ended."""
+    """Return the start of a process in ticks since the boot. "": the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -264,7 +267,7 @@ def _start_ticks(pid: int) -> str:
 
 
 def _is_of_another_user(pid: int) -> bool:
-    """Whether a process runs that this user may not see: /proc can hide those of other users."""
+    """Whether a process of another user has this number. /proc can hide such processes."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: all processes stop after the same step, and one state is saved."""
+"""Ctrl-C (SIGINT), SIGTERM and SIGUSR1 stop a run: after the same step everywhere, with a saved state."""
 
 import os
 import signal
@@ -10,18 +10,18 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]  # Windows has no SIGUSR1
-GPU_CHECK_EVERY = (
-    20  # on a GPU the processes ask each other only every so many calls: each time waits for the device
-)
-ends_process = False  # whether this is a command, which a second signal ends at once: cli.run sets it
-SAME_SIGNAL_SECONDS = 0.5  # a launcher forwards what the terminal has already sent
+# Windows has no SIGUSR1.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# Calls of check() between two questions among the processes on GPUs. Each question waits for the device.
+GPU_CHECK_EVERY = 20
+# On Ctrl-C a process can get SIGINT twice: from the terminal and from the launcher. That counts as one
+# signal.
+SAME_SIGNAL_SECONDS = 0.5
+ends_process = False  # whether a second signal ends the process at once: cli.run sets it for commands
 
 
 class Preempted(Exception):
-    """All processes have agreed to end."""
+    """A process got a signal, and all processes know it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -29,11 +29,11 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """In this block a signal only leaves a mark, which check() turns into Preempted on every process.
+    """In this block a signal is only noted. The next check() raises Preempted on every process.
 
-    On Preempted it calls `save`, which every process enters, and raises KeyboardInterrupt (SIGINT) or
-    SystemExit(143). A second signal ends a command at once. In a notebook, whose process goes on, it raises
-    the same exceptions at once, and no state is saved.
+    When Preempted leaves the block, every process calls `save`. Then it raises KeyboardInterrupt (SIGINT,
+    exit status 130) or SystemExit(143). A second signal ends a command at once, without saving. In a
+    notebook, whose process must live on, it raises the same exceptions at once.
     """
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
@@ -41,9 +41,8 @@ class Preemption:
         self.number, self.marked, self.calls = 0, 0.0, 0
 
     def __enter__(self) -> "Preemption":
-        self.in_main = (
-            threading.current_thread() is threading.main_thread()
-        )  # Python delivers signals to no other
+        # Python delivers signals to the main thread only.
+        self.in_main = threading.current_thread() is threading.main_thread()
         self.previous = (
             {number: signal.signal(number, self._mark) for number in SIGNALS} if self.in_main else {}
         )
@@ -57,7 +56,7 @@ class Preemption:
         self.number, self.marked = self.number or number, self.marked or time.monotonic()
 
     def check(self, *_) -> None:
-        """Called by every process equally often. Preempted: one of them has a mark."""
+        """All processes call this equally often. Preempted: one of them got a signal."""
         self.calls += 1
         number = self.number
         if self.accelerator.num_processes > 1:
@@ -74,7 +73,7 @@ class Preemption:
                 self.save()
                 if self.accelerator.is_main_process:
                     print(
-                        f"{error}: a state is saved; the same command with --resume goes on from it",
+                        f"{error}: a state is saved; run the same command with --resume to continue",
                         file=sys.stderr,
                         flush=True,
                     )

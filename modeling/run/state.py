@@ -1,6 +1,6 @@
-"""The state that a run resumes from: how far it is, and its tensors.
+"""The state that a run resumes from: its position and its tensors.
 
-No generator's state is saved: every random number is a function of seed, epoch, step and image.
+No generator's state is saved, because every random number is a function of seed, epoch, step and image.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from modeling.files import atomic_write
 from modeling.optim import Ema
 from modeling.run.files import RunFiles
 
-NUM_KEPT = 2  # states of a run
-_KEY = "state"  # of the metadata of a state's file
+NUM_KEPT = 2  # states that a run keeps
+_KEY = "state"  # the metadata key in a state's file
 
 
 @dataclass
 class RunState:
-    """How far a run is: `step` updates are done, and `num_seen` images of epoch `epoch` (from 0) were seen.
+    """The position of a run: `step` updates are done; `num_seen` images of epoch `epoch` (from 0) are used.
 
-    best is the best value of the metric that chooses the best epoch, log_bytes the length of metrics.jsonl.
-    seconds counts training time. finished: no step is left, and the last epoch is recorded. test holds the
-    metrics on test once they are known.
+    best is the value of --best-metric at the best epoch. log_bytes is the length of metrics.jsonl. seconds is
+    the training time. finished: no step is left, and the last epoch is recorded. test holds the metrics on
+    the test split, or None before the final test.
     """
 
     epoch: int = 0
@@ -51,10 +51,10 @@ class RunState:
 
 
 class States:
-    """A run's folder of states: step_{step}_{SHA-256}.safetensors, of which the newest NUM_KEPT are kept.
+    """A run's folder of states, step_{step}_{SHA-256}.safetensors. The newest NUM_KEPT are kept.
 
     Every process calls save and restore; the main process writes. All processes must see the folder.
-    `arguments` are the values that must be equal in a run and in the one that resumes it.
+    `arguments` are the values that must be the same when the run is resumed.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class States:
         self.arguments_differ = False
 
     def save(self, run_state: RunState, totals: torch.Tensor) -> None:
-        """Write a state. totals (2,) float64: this process's sums of the epoch so far."""
+        """Write a state. totals (2,) float64: this process's loss sum and correct images in this epoch."""
         all_totals = self.accelerator.gather(totals[None])  # (processes, 2)
         if not self.accelerator.is_main_process:
             return self.accelerator.wait_for_everyone()
@@ -106,19 +106,18 @@ class States:
             file.write(content)
         others = [p for p in list_states(self.folder) if p != path]
         older = [p for p in others if p.name[:13] < path.name[:13]]
-        for old in {*others} - {
-            *older[: NUM_KEPT - 1]
-        }:  # a newer one is broken, or of a course that was left
+        # A state with a later step is broken, or this run resumed from before it: remove it too.
+        for old in {*others} - {*older[: NUM_KEPT - 1]}:
             old.unlink()
         self.accelerator.wait_for_everyone()
 
     def restore(self, *, force: bool, of_launcher: str | None = None) -> tuple[RunState, torch.Tensor] | None:
-        """Load the newest whole state into model, optimizer and average; None: there is none.
+        """Load the newest complete state into model, optimizer and average. None: there is no state.
 
-        Returns how far the run was, and this process's totals (2,).
+        Returns the run's position, and this process's totals (2,).
 
-        of_launcher: only one that this launcher's processes wrote. UserError: it is of a run with other
-        arguments (unless `force`), or of another model or optimizer.
+        With of_launcher, take only a state that a process of this launcher wrote. UserError: the state
+        belongs to a run with other arguments (unless `force`), or to another model or optimizer.
         """
         found = read_newest(self.folder, warn=self.accelerator.is_main_process)
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
@@ -133,14 +132,14 @@ class States:
         ]
         if differing and not force:
             raise UserError(
-                f"{path.parent} is of a run with other arguments: {', '.join(differing)}; "
-                "give those, or --force"
+                f"{path.parent} belongs to a run with other arguments: {', '.join(differing)}; "
+                "give the old ones, or --force"
             )
         if differing:
             print(f"Resuming by --force with other arguments: {', '.join(differing)}")
         if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
             raise UserError(
-                f"{path} is of another model or optimizer: {wanted['optimizer']} cannot go on "
+                f"{path} belongs to another optimizer: {wanted['optimizer']} cannot continue "
                 f"from {saved['optimizer']}"
             )
         self.restored_digest = int(path.stem[-15:], 16)
@@ -158,14 +157,13 @@ class States:
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"{path} is of another model or optimizer: {str(error).splitlines()[0]}"
+                f"{path} belongs to another model or optimizer: {str(error).splitlines()[0]}"
             ) from error
         for parameter, values in self.optimizer.state.items():
             for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                    values[name] = torch.empty_like(parameter).copy_(
-                        value
-                    )  # in its layout in memory, as fused optimizers take it
+                    # Fused optimizers need the parameter's memory layout, such as channels-last.
+                    values[name] = torch.empty_like(parameter).copy_(value)
         if self.ema and groups["ema"]:
             self.ema.updates = header["ema_updates"]
             for name, value in groups["ema"].items():
@@ -173,9 +171,8 @@ class States:
         if self.accelerator.scaler and header["scaler"]:
             self.accelerator.scaler.load_state_dict(header["scaler"])
         totals, device = tensors["totals"], self.accelerator.device
-        if (
-            len(totals) != self.accelerator.num_processes
-        ):  # of another number of processes: the first keeps the sums
+        # With another number of processes than before, process 0 gets all the sums and the others get zeros.
+        if len(totals) != self.accelerator.num_processes:
             totals = F.pad(totals.sum(dim=0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
         return RunState(**header["position"]), totals[self.accelerator.process_index].to(device)
 
@@ -185,19 +182,19 @@ def _digest(content: bytes) -> str:
 
 
 def _launcher() -> str:
-    """What started this process: the same for a process that torch elastic starts again."""
+    """Name the program that started this process. torch elastic keeps the name when it restarts processes."""
     return f"{platform.node()}:{os.getppid()}"
 
 
 def restore_or_begin(
     states: States, run_files: RunFiles, *, resume: bool, force: bool
 ) -> tuple[RunState, torch.Tensor]:
-    """Return how far the run is, and this process's totals (2,) float64 of the epoch so far.
+    """Return the run's position, and this process's totals (2,) float64 of the epoch so far.
 
-    With `resume`, or where torch elastic has restarted the job, the newest state is restored. After such a
-    restart without `resume` it must be a state of this very job, for a job that died before its first state
-    would find an older run's. Otherwise the run begins, and an older run's files are moved aside. UserError:
-    the processes found different states.
+    With `resume`, or after torch elastic restarted the job, restore the newest state. Otherwise begin a new
+    run, and move an older run's files aside. After a restart without `resume`, take only a state of this very
+    job: if the job died before its first state, the newest one belongs to an older run. UserError: the
+    processes found different states.
     """
     accelerator = states.accelerator
     num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -222,14 +219,14 @@ def restore_or_begin(
     else:
         if resume or is_restarted:
             print(
-                f"There is no state of {run_files.run!r} to resume in {states.folder}: "
+                f"There is no state of {run_files.run!r} in {states.folder} to resume from: "
                 "starting from the beginning"
             )
         if accelerator.is_main_process:
             _move_older_run_aside(run_files)
         restored = RunState(), torch.zeros(2, dtype=torch.float64, device=accelerator.device)
 
-    if accelerator.is_main_process:  # remove what a kill left of files that were being written
+    if accelerator.is_main_process:  # remove the unfinished files of a killed process
         leftovers = [*states.folder.glob(".step_*.tmp")]
         leftovers += states.folder.parent.glob(f".{run_files.best.name}.*.tmp")
         leftovers += states.folder.parent.glob(f".{run_files.final.name}.*.tmp")
@@ -257,14 +254,14 @@ def apply_forced_arguments(
     num_train_images: int,
     arguments_differ: bool,
 ) -> None:
-    """Fit a restored state to arguments that --force changed: a finished run that is made longer goes on.
+    """Adapt a restored state to arguments that --force changed. A finished run that is now longer continues.
 
-    UserError: the run would end before the state, or its epoch would be cut in the middle of a batch.
+    UserError: the run would end before the state, or the state lies inside a batch of the new --batch-size.
     """
     if (max_steps and run_state.step > max_steps) or run_state.epoch >= epochs:
         raise UserError(
             f"the state is after step {run_state.step}, in epoch {run_state.epoch + 1}: "
-            "give a longer run than that"
+            "give a larger --epochs or --max-steps"
         )
     is_longer = run_state.step < max_steps if max_steps else run_state.epoch + 1 < epochs
     if run_state.finished and arguments_differ and is_longer:
@@ -277,7 +274,7 @@ def apply_forced_arguments(
     if run_state.num_seen % batch_size and run_state.num_seen < num_train_images:
         raise UserError(
             f"the state has seen {run_state.num_seen} images of its epoch, "
-            f"not a multiple of --batch-size {batch_size}"
+            f"not a multiple of --batch-size {batch_size}: give the old --batch-size"
         )
 
 
@@ -290,9 +287,9 @@ def list_states(folder: Path) -> list[Path]:
 def read_newest(
     folder: Path, *, warn: bool = True
 ) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Return path, tensors and header of the newest state whose content has its checksum.
+    """Return path, tensors and header of the newest state whose content matches the checksum in its name.
 
-    A broken state is passed over with a warning. None: there is no whole state.
+    A broken state is skipped with a warning. None: there is no complete state.
     """
     for path in list_states(folder):
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What a run tells: TensorBoard events and metrics.jsonl."""
+"""The logs of a run: TensorBoard events and metrics.jsonl."""
 
 import json
 import os
@@ -9,16 +9,17 @@ from torch import nn
 from modeling.files import named_errors
 from modeling.run.events import Events
 
-# A histogram of a larger tensor takes every n-th value: 51 million values take seconds and look the same.
+# A histogram of a larger tensor uses every n-th value. All 51 million values of a layer would take seconds,
+# and the histogram would look the same.
 HISTOGRAM_SAMPLE = 100_000
 
 
 class Tracker:
-    """Writes to a run's folder; on all but the main process it writes nothing.
+    """Writes a run's logs, on the main process only (`enabled`).
 
-    metrics.jsonl has a JSON object a line, flushed as it is written, and holds no clock values: equal runs
-    write equal files. A resumed run goes on after the first `log_bytes` of it, and TensorBoard forgets what
-    it has from `first_step` on.
+    metrics.jsonl has one JSON object per line, flushed at once. It holds no times, so equal runs write equal
+    files. A resumed run keeps the first `log_bytes` bytes of the file and appends to them. TensorBoard drops
+    the records from `first_step` on.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, first_step: int = 0, log_bytes: int = 0):
@@ -30,7 +31,7 @@ class Tracker:
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
     def record(self, kind: str, *, step: int, **values: float) -> None:
-        """Write a line of metrics.jsonl, and a TensorBoard scalar a value: train_loss is loss/train."""
+        """Write a line of metrics.jsonl, and TensorBoard scalars (train_loss as loss/train)."""
         if not self.enabled:
             return
         with named_errors(Path(self.lines.name)):
@@ -42,7 +43,7 @@ class Tracker:
             self.writer.add_scalar(tag, value, step)
 
     def histograms(self, model: nn.Module, step: int) -> None:
-        """Weights of the parameters that train, and the gradients that the last step left."""
+        """Write histograms of the trainable weights, and of the last step's gradients, to TensorBoard."""
         if not self.enabled:
             return
         for name, parameter in model.named_parameters():
@@ -51,14 +52,13 @@ class Tracker:
             for kind, values in (("weights", parameter.detach()), ("gradients", parameter.grad)):
                 if values is not None:
                     values = values.flatten()[:: max(1, values.numel() // HISTOGRAM_SAMPLE)].float().cpu()
-                    values = values[
-                        values.isfinite()
-                    ]  # in fp16 a step that overflowed is skipped, and leaves such gradients
+                    # In fp16 a step that overflows is skipped. Its gradients are not finite.
+                    values = values[values.isfinite()]
                     if len(values):
                         self.writer.add_histogram(f"{kind}/{name}", values, step)
 
     def flush(self) -> int:
-        """Have all that was recorded on disk; the bytes of metrics.jsonl."""
+        """Flush the logs to disk. Return the length of metrics.jsonl in bytes."""
         if not self.enabled:
             return 0
         self.writer.flush()

@@ -1,1 +1,1 @@
-"""Estimators of a comparison, over numpy arrays. No file here knows a model, a checkpoint or a page."""
+"""Estimators of a comparison. They work on numpy arrays and import no model, checkpoint or page."""

@@ -1,4 +1,4 @@
-"""Percentile bootstrap over images. All models share the draws, so that differences of models are paired."""
+"""Percentile bootstrap over images. All models use the same draws, so their differences are paired."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ _SEED = 0
 
 
 def interval_ends(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the 95 % percentile interval. resampled: (B, ...), one value a resample."""
+    """The ends of the 95 % percentile interval. resampled: (B, ...), one value per resample."""
     low, high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
     return low, high
 
@@ -35,16 +35,17 @@ def resampled_means(values: np.ndarray) -> np.ndarray:
 def resampled_class_scores(
     labels: np.ndarray, predicted: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return macro F1 and balanced accuracy, (B, K) each, over images drawn within their class.
+    """Return macro F1 and balanced accuracy, (B, K) each, of resamples that are drawn within each class.
 
-    labels: (n,), predicted: (K, n), class numbers. As in metrics.csv, macro F1 is the mean over the classes
-    that are true or predicted, and balanced accuracy the mean recall of the classes that have images.
+    labels (n,) and predicted (K, n) are class numbers. As in metrics.csv, macro F1 is the mean over the
+    classes that occur as a label or a prediction. Balanced accuracy is the mean recall of the classes with
+    images.
     """
     num_models = len(predicted)
     counts = np.bincount(labels, minlength=num_classes)
     has_images = counts > 0
     right = predicted == labels
-    # Model k counts its class c in cell k * num_classes + c, so that one bincount serves all models.
+    # Class c of model k is counted in cell k * num_classes + c. So one bincount counts for all models.
     cells = predicted + num_classes * np.arange(num_models)[:, None]
     macro_f1 = np.empty((NUM_RESAMPLES, num_models))
     balanced_accuracy = np.empty((NUM_RESAMPLES, num_models))
@@ -65,7 +66,7 @@ def _count(cells: np.ndarray, weights: np.ndarray, num_models: int, num_classes:
 
 
 def _weights_within_classes(labels: np.ndarray, counts: np.ndarray) -> Iterator[np.ndarray]:
-    """For each resample: how often each image was drawn, (n,). A class keeps its number of images."""
+    """Yield for each resample how often each image is drawn, (n,). A class keeps its number of images."""
     by_class = np.argsort(labels, kind="stable")
     first = (np.cumsum(counts) - counts)[labels[by_class]]
     size = counts[labels[by_class]]

@@ -1,7 +1,7 @@
-"""Can a model's confidence be trusted? Calibration, temperature, and the gain of passing on unsure images.
+"""Can a model's confidence be trusted? Calibration, temperature, and errors if unsure images are skipped.
 
-Throughout, confidence (N,) is the probability of the predicted class, right (N,) is True where that class
-is the label.
+In all functions, confidence (N,) is the probability of the predicted class, and right (N,) is True if that
+class is the label.
 """
 
 from typing import NamedTuple
@@ -12,28 +12,30 @@ import torch
 from modeling import randomness
 from modeling.stats.proportions import LEVEL, wilson
 
-NUM_BINS = 15  # of the calibration error
+NUM_BINS = 15  # for the calibration error
 NUM_HONEST_DRAWS = 200
-NUM_FOLDS = 5  # of the temperature
+NUM_FOLDS = 5  # for the cross-fitted temperature
 RELIABILITY_BINS = 10
-LEAST_IMAGES = 30  # in a bin of the reliability figure
+LEAST_IMAGES = 30  # in each bin of the reliability figure
 _SEED = 0
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """The mean distance of confidence and accuracy over 15 bins of equal count, weighted by their images.
+    """The expected calibration error (ECE) of the predicted class, with 15 bins of equal count.
 
-    (ECE of the top label: C. Guo et al., "On calibration of modern neural networks", ICML 2017; bins of equal
-    count: J. Nixon et al., "Measuring calibration in deep learning", CVPR workshops 2019.)
+    It is the mean of |confidence - accuracy| over the bins, weighted by their images. ECE: C. Guo et al., "On
+    calibration of modern neural networks", ICML 2017. Bins of equal count: J. Nixon et al., "Measuring
+    calibration in deep learning", CVPR workshops 2019.
     """
     order = np.argsort(confidence, kind="stable")
     return float(_binned_error(confidence[order], right[order][None].astype(float))[0])
 
 
 def honest_calibration_error(confidence: np.ndarray) -> tuple[float, float]:
-    """The calibration error of a model whose confidence is true: its mean and its 95 % point over 200 draws.
+    """The calibration error of an honest model, whose confidence is its true accuracy.
 
-    It is above 0, the more so the fewer the images: draw right answers with the probabilities `confidence`.
+    By chance this error is above 0; the fewer images, the larger. Each of 200 draws makes answer i right with
+    probability confidence[i]. Returns the mean and the 95 % quantile of the error over the draws.
     """
     order = np.argsort(confidence, kind="stable")
     ordered = confidence[order]
@@ -54,7 +56,7 @@ def _binned_error(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 class Bin(NamedTuple):
-    """A bin of the reliability figure: its mean confidence, and how often the answers in it are right."""
+    """A bin of the reliability figure: mean confidence, and accuracy with its interval."""
 
     confidence: float
     accuracy: float
@@ -64,7 +66,7 @@ class Bin(NamedTuple):
 
 
 def reliability_bins(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
-    """Ten bins of equal width; neighbours are merged until each has 30 images. Intervals are Wilson's."""
+    """Make ten bins of equal width. Merge neighbours until each bin has 30 images. Intervals are Wilson's."""
     number = np.minimum((confidence * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
     groups: list[np.ndarray] = []
     waiting = np.zeros(0, dtype=int)
@@ -73,7 +75,7 @@ def reliability_bins(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
         if len(waiting) >= LEAST_IMAGES:
             groups.append(waiting)
             waiting = np.zeros(0, dtype=int)
-    if len(waiting):  # too few are left at the top
+    if len(waiting):  # the last bin has too few images: merge it with the one before
         if groups:
             waiting = np.concatenate([groups.pop(), waiting])
         groups.append(waiting)
@@ -87,9 +89,9 @@ def reliability_bins(confidence: np.ndarray, right: np.ndarray) -> list[Bin]:
 
 
 def errors_of_surest(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """errors[k - 1] is the number of errors among the k images that the model is surest of, for k = 1 to N.
+    """Return errors (N,): errors[k - 1] counts the errors among the k images with the highest confidence.
 
-    Images of equal confidence count together: each of them then has their mean error.
+    Images with equal confidence have no order, so each of them counts with their mean error.
     """
     order = np.argsort(-confidence, kind="stable")
     ends = np.flatnonzero(np.append(np.diff(confidence[order]) != 0, True)) + 1
@@ -99,22 +101,22 @@ def errors_of_surest(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def error_at_coverage(errors: np.ndarray, coverage: float) -> float:
-    """The share of errors when the model answers the surest `coverage` of the images, at least one."""
+    """The error rate if the model answers only the share `coverage` of the images, the surest ones."""
     count = max(1, round(coverage * len(errors)))
     return float(errors[count - 1] / count)
 
 
 def folds(rows: np.ndarray) -> np.ndarray:
-    """The fold 0 to 4 of each image, a hash of its row, (N,)."""
+    """Return the fold (0 to 4) of each image, (N,). It is a hash of the image's row."""
     hashed = randomness.bits(_SEED, randomness.FOLD, torch.from_numpy(rows.astype(np.int64)))
     return (hashed % NUM_FOLDS).numpy()
 
 
 def fit_temperature(log_probabilities: np.ndarray, labels: np.ndarray, start: float = 1.0) -> float:
-    """The temperature T that minimises the log loss of softmax(log_probabilities / T), between e^-3 and e^3.
+    """The temperature T, from e^-3 to e^3, that minimises the log loss of softmax(log_probabilities / T).
 
-    (Guo et al. 2017.) The loss is convex in 1 / T: Newton's steps, or bisection where a step leaves the
-    bracket.
+    See Guo et al. 2017. The loss is convex in 1 / T. So Newton's method finds the minimum, with bisection if
+    a step leaves the bracket.
     """
     low, high = np.exp(-3.0), np.exp(3.0)
     beta = 1 / start
@@ -149,7 +151,7 @@ def cross_fitted_losses(
 ) -> np.ndarray:
     """The log loss (N,) of each image under a temperature that was fitted on the other four folds.
 
-    temperature: the fit on all images, from which the five fits start.
+    temperature: the fit on all images. The five fits start from it.
     """
     fold = folds(rows)
     losses = np.empty(len(labels))
@@ -164,7 +166,7 @@ def cross_fitted_losses(
 
 
 def chunks(num_images: int, num_classes: int) -> list[slice]:
-    """Slices of the images, so that a float64 copy of one slice's probabilities takes at most 32 MB."""
+    """Divide the images into slices. A float64 copy of a slice's probabilities takes at most 32 MB."""
     size = max(1, 4_000_000 // num_classes)
     return [slice(start, start + size) for start in range(0, num_images, size)]
 

@@ -1,4 +1,4 @@
-"""Numbers of single classes: recall, which model is better where, what is taken for what."""
+"""Scores of single classes: recall, comparisons with the best model, confusion."""
 
 from dataclasses import dataclass
 
@@ -13,12 +13,13 @@ from modeling.stats.runs import paired_difference
 
 @dataclass(frozen=True)
 class ClassScores:
-    """Recall of each class that has images, and the comparison of each recipe with the best one there.
+    """The recall of each class that has images, and a comparison of each recipe with recipe `best`.
 
-    classes (P,) class numbers; num_images (P,); recall (K, P), with several runs the mean. p and corrected_p
-    (K, P) are of no difference to recipe `best`, whose own rows are NaN; is_better (K, P) is True where a
-    recipe really beats it. corrected_p keeps the share of false alarms at 5 % over all classes and recipes
-    (Benjamini and Hochberg, "Controlling the false discovery rate", JRSS B 57, 1995).
+    classes (P,): class numbers. num_images (P,). recall (K, P): with several runs, the mean. p and
+    corrected_p (K, P): the test that recipe k and `best` are equal on that class; NaN for `best` itself.
+    is_better (K, P): recipe k really beats `best` on that class. The correction keeps the false discovery
+    rate over all classes and recipes at 5 % (Benjamini and Hochberg, "Controlling the false discovery rate",
+    JRSS B 57, 1995).
     """
 
     classes: np.ndarray
@@ -30,9 +31,9 @@ class ClassScores:
 
 
 def class_scores(right: list[np.ndarray], labels: np.ndarray, best: int) -> ClassScores:
-    """right[k]: (R_k, n) of recipe k, True where a run is right. labels: (n,). best.
+    """Compute the ClassScores. right[k] (R_k, n) is True where a run of recipe k is right. labels: (n,).
 
-    The recipe to compare with.
+    Each recipe is compared with recipe number `best`.
     """
     classes, num_images = np.unique(labels, return_counts=True)
     recall = np.stack([_class_means(one.mean(axis=0), labels, classes) for one in right])
@@ -84,9 +85,9 @@ def precisions(matrix: np.ndarray) -> np.ndarray:
 
 
 def similar_side_by_side(matrix: np.ndarray) -> np.ndarray:
-    """An order of the classes (C,) in which classes that are often confused are neighbours.
+    """Order the classes (C,) so that classes that are often confused are neighbours.
 
-    Average linkage on the shares of confusion, made symmetric, with the optimal order of the leaves (Z.
+    The method is average linkage on symmetric shares of confusion, with optimal order of the leaves (Z.
     Bar-Joseph et al., "Fast optimal leaf ordering for hierarchical clustering", Bioinformatics 17, 2001).
     """
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)

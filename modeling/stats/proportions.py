@@ -1,4 +1,4 @@
-"""Intervals and tests for shares of right answers: of one model, and of two models on the same images."""
+"""Intervals and tests for accuracies: of one model, and of two models on the same images."""
 
 import math
 from typing import NamedTuple
@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-LEVEL = 0.05  # of every test; intervals have 1 - LEVEL
-POWER = 0.8  # of smallest_visible_difference
+LEVEL = 0.05  # the level of every test; intervals have 1 - LEVEL
+POWER = 0.8  # for smallest_visible_difference
 Z = float(stats.norm.ppf(1 - LEVEL / 2))
 
 
@@ -29,7 +29,7 @@ def wilson(num_right: ArrayLike, num_images: ArrayLike) -> tuple[np.ndarray, np.
     share = np.asarray(num_right, dtype=float) / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # At 0 and at n one end is exactly 0 or 1, but the sum above may miss it by a rounding error.
+    # For a share of 0 or 1 one end is exactly 0 or 1. The sum above can miss it by a rounding error.
     low = np.where(share == 0, 0.0, np.maximum(centre - half, 0.0))
     high = np.where(share == 1, 1.0, np.minimum(centre + half, 1.0))
     return low, high
@@ -66,7 +66,7 @@ def tango_interval(only_a: int, only_b: int, num_images: int) -> Interval:
 
     def score(delta: float) -> float:
         """The score statistic of the hypothesis that the true difference is delta."""
-        # q maximises the likelihood of P(b right, a wrong) under the hypothesis: the root of a quadratic.
+        # q is the most likely value of P(b right, a wrong) under the hypothesis: the root of a quadratic.
         b = -only_a - only_b + (2 * n - only_a + only_b) * delta
         c = -only_b * delta * (1 - delta)
         q = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)
@@ -84,7 +84,7 @@ def tango_interval(only_a: int, only_b: int, num_images: int) -> Interval:
 
 
 def holm(p_values: ArrayLike) -> np.ndarray:
-    """Return p values corrected for their number, so that the chance of any false alarm is at most the level.
+    """Correct p values for their number. Then the chance of any false alarm is at most the level.
 
     S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
     (1979).
@@ -98,9 +98,9 @@ def holm(p_values: ArrayLike) -> np.ndarray:
 
 
 def smallest_visible_difference(disagreement: float, num_images: int) -> float:
-    """The true difference of two models that McNemar's test finds in 80 % of test sets of this size.
+    """The true difference in accuracy that McNemar's test would find in 80 % of test sets of this size.
 
-    disagreement: the share of images that one of the two has right and the other wrong.
+    disagreement: the share of images that exactly one of the two models has right.
     """
     z_power = float(stats.norm.ppf(POWER))
     return (Z + z_power) * math.sqrt(disagreement / num_images)

@@ -1,9 +1,9 @@
-"""Several runs (seeds) of one recipe: intervals that cover other seeds and other images at once.
+"""Several runs (seeds) of one recipe: intervals that cover both other seeds and other images.
 
-right[r, i] is 1 where run r has image i right. Runs and images are both random, so the variance of a mean
-has a term of each, and a term of their interaction that both contain and that is subtracted once (the two-
-way form of multi-reader multi-case studies). One run alone shows nothing of the spread of runs: its recipe
-then counts as fixed.
+right[r, i] is 1 if run r has image i right. Runs and images are both random. So the variance of a mean has a
+term for runs and a term for images. Both terms contain the interaction of runs and images, so it is
+subtracted once. This is the two-way form of multi-reader multi-case studies. A single run says nothing about
+the spread of runs. Its interval therefore covers other images only.
 """
 
 from dataclasses import dataclass
@@ -20,26 +20,27 @@ class Difference:
 
     interval: Interval
     p: float
-    only_a: float  # images that a has right and b wrong; with several runs the mean over pairs of runs
+    only_a: float  # number of images that a has right and b wrong; several runs: the mean over pairs of runs
     only_b: float
 
 
 def interaction_variance(right: np.ndarray) -> float:
-    """The variance of what neither the run nor the image explains. right: (R, n), R and n at least 2."""
+    """The variance that neither run nor image explains. right: (R, n), with R and n at least 2."""
     rest = right - right.mean(axis=1, keepdims=True) - right.mean(axis=0) + right.mean()
     return float((rest**2).sum() / ((right.shape[0] - 1) * (right.shape[1] - 1)))
 
 
 def run_variance(right: np.ndarray) -> float:
-    """The part of the variance of the mean accuracy that is due to the runs. right: (R, n)."""
+    """The runs' part of the variance of the mean accuracy. right: (R, n)."""
     num_runs = len(right)
     return 0.0 if num_runs == 1 else float(right.mean(axis=1).var(ddof=1)) / num_runs
 
 
 def t_interval(value: float, terms: list[tuple[float, int]], variance: float) -> tuple[Interval, float]:
-    """The 95 % interval of `value` and the p value of zero, by t with Satterthwaite's degrees of freedom.
+    """Return the 95 % interval of `value`, and the p value of the hypothesis that it is zero.
 
-    terms: the estimated variances that `variance` is made of, with their degrees of freedom.
+    Both use Student's t with Satterthwaite's degrees of freedom. terms: the estimated variances that add up
+    to `variance`, each with its degrees of freedom.
     """
     degrees = variance**2 / sum(term**2 / df for term, df in terms if term > 0)
     error = np.sqrt(variance)
@@ -51,7 +52,7 @@ def t_interval(value: float, terms: list[tuple[float, int]], variance: float) ->
 def mean_of_runs(right: np.ndarray) -> Interval:
     """The accuracy of a recipe with its 95 % interval. right: (R, n) of 0 and 1.
 
-    With one run it is Wilson's.
+    With one run it is Wilson's interval.
     """
     num_runs, num_images = right.shape
     right = right.astype(float)
@@ -60,7 +61,7 @@ def mean_of_runs(right: np.ndarray) -> Interval:
     if num_runs == 1 or num_images == 1:
         return by_wilson
     images_term = float(right.mean(axis=0).var(ddof=1)) / num_images
-    if images_term == 0:  # every image is right in equally many runs, say in all of them
+    if images_term == 0:  # every image is right in the same number of runs, for example in all
         return by_wilson
     runs_term = run_variance(right)
     shared = interaction_variance(right) / (num_images * num_runs)
@@ -79,7 +80,7 @@ def mean_of_separate_runs(accuracies: np.ndarray) -> Interval:
 def paired_difference(right_a: np.ndarray, right_b: np.ndarray) -> Difference:
     """Compare two recipes on the same n images. right_a: (R_a, n), right_b: (R_b, n), of 0 and 1.
 
-    With one run each: McNemar's mid-p and Tango's interval. Else the two-way interval and its t test.
+    With one run each: McNemar's mid-p and Tango's interval. Otherwise: the two-way interval and its t test.
     """
     num_images = right_a.shape[1]
     share_a, share_b = right_a.mean(axis=0), right_b.mean(axis=0)
@@ -92,7 +93,7 @@ def paired_difference(right_a: np.ndarray, right_b: np.ndarray) -> Difference:
     per_image = share_a - share_b
     value = float(per_image.mean())
     images_term = float(per_image.var(ddof=1)) / num_images if num_images > 1 else 0.0
-    if images_term == 0:  # the difference is the same on every image: -1, 0 or 1 of it, or too few images
+    if images_term == 0:  # the difference is the same on every image, or there is one image
         certain = _difference_of_counts(
             round(max(value, 0.0) * num_images), round(max(-value, 0.0) * num_images), num_images
         )

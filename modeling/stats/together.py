@@ -1,4 +1,4 @@
-"""Several models on the same images: averages, errors in common, labels that all of them contradict."""
+"""Several models on the same images: averages, common errors, labels that all models contradict."""
 
 from itertools import combinations
 
@@ -8,13 +8,13 @@ from modeling.stats.bootstrap import interval_ends, resampled_means
 from modeling.stats.calibration import chunks
 from modeling.stats.proportions import Interval
 
-SUSPECT_PROBABILITY = 0.01  # a label that the models give less is suspect
+SUSPECT_PROBABILITY = 0.01  # a label is suspect if the models give it a lower probability
 
 
 def right_of_averages(
     probabilities: list[np.ndarray], labels: np.ndarray, subsets: list[tuple[int, ...]]
 ) -> np.ndarray:
-    """Whether the average of each subset of models is right, (S, n). probabilities[k]: (n, C) of model k."""
+    """Return (S, n): whether the average of each subset of models is right. probabilities[k]: (n, C)."""
     right = np.empty((len(subsets), len(labels)), dtype=bool)
     for part in chunks(*probabilities[0].shape):
         each = [one[part].astype(float) for one in probabilities]
@@ -25,7 +25,7 @@ def right_of_averages(
 
 
 def candidate_subsets(num_models: int) -> list[tuple[int, ...]]:
-    """The subsets that a search for the best average tries: all pairs, and all models but one."""
+    """List the subsets for the search for the best average: all pairs, and all models except one."""
     everyone = tuple(range(num_models))
     pairs = list(combinations(everyone, 2))
     all_but_one = [tuple(k for k in everyone if k != left_out) for left_out in everyone]
@@ -33,13 +33,11 @@ def candidate_subsets(num_models: int) -> list[tuple[int, ...]]:
 
 
 def kappa(share_a: np.ndarray, share_b: np.ndarray, share_both: np.ndarray) -> np.ndarray:
-    """Cohen's kappa of "right" and "wrong" of two models, elementwise.
+    """Cohen's kappa: how much more often two models agree (both right or both wrong) than by chance.
 
-    NaN where both are always right or wrong.
-
-    The arguments are the shares of images that a, b, and both have right. R. Geirhos, K. Meding, F. A.
-    Wichmann, "Beyond accuracy: quantifying trial-by-trial behaviour of CNNs and humans by measuring error
-    consistency", NeurIPS 2020.
+    The arguments are the shares of images that a, b, and both have right; elementwise. NaN: both models are
+    always right, or always wrong. R. Geirhos, K. Meding, F. A. Wichmann, "Beyond accuracy: quantifying
+    trial-by-trial behaviour of CNNs and humans by measuring error consistency", NeurIPS 2020.
     """
     agreement = 1 - share_a - share_b + 2 * share_both
     by_chance = share_a * share_b + (1 - share_a) * (1 - share_b)
@@ -50,7 +48,7 @@ def kappa(share_a: np.ndarray, share_b: np.ndarray, share_both: np.ndarray) -> n
 def error_consistency(right: np.ndarray) -> dict[tuple[int, int], Interval]:
     """Cohen's kappa of each pair of models (a < b) with its 95 % bootstrap interval. right: (K, n).
 
-    Resamples in which kappa is not defined are left out; an interval without any resample is NaN.
+    Resamples without a defined kappa are left out. If none is left, the ends of the interval are NaN.
     """
     pairs = list(combinations(range(len(right)), 2))
     both = np.stack([right[a] & right[b] for a, b in pairs], axis=1)
@@ -70,11 +68,12 @@ def error_consistency(right: np.ndarray) -> dict[tuple[int, int], Interval]:
 def suspect_labels(
     labels: np.ndarray, predicted: np.ndarray, tempered_label_probability: np.ndarray
 ) -> np.ndarray:
-    """Positions of the images whose label is suspect, the most suspect first.
+    """Return the positions of the images whose label is suspect, the most suspect first.
 
-    labels (n,), predicted (K, n). All models name one class, another than the label, and the mean of their
-    probabilities of the label, each after its temperature (K, n), is below 1 %. The order is by that mean, as
-    the self-confidence of C. G. Northcutt, L. Jiang, I. L. Chuang, "Confident learning", JAIR 70 (2021).
+    labels (n,), predicted (K, n), tempered_label_probability (K, n): the label's probability after
+    temperature scaling. A label is suspect if all models predict the same other class, and the mean
+    probability of the label is below 1 %. The order is by that mean, as for "self-confidence" in C. G.
+    Northcutt, L. Jiang, I. L. Chuang, "Confident learning", JAIR 70 (2021).
     """
     agree = (predicted == predicted[0]).all(axis=0)
     label_probability = tempered_label_probability.mean(axis=0)
