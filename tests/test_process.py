@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import scripts
 from huggingface_hub import constants
 from huggingface_hub import utils as hub_utils
@@ -56,6 +57,7 @@ def odd_process():
     """A process with odd settings, which are put back after the test."""
     threads, generator = torch.get_num_threads(), torch.get_rng_state()
     os.umask(0o022)
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -66,6 +68,7 @@ def odd_process():
     torch.backends.cudnn.benchmark = False
     torch.set_num_threads(threads)
     torch.set_rng_state(generator)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def small_images() -> tuple[Images, StepSettings]:
