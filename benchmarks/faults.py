@@ -24,7 +24,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from test_resume import assert_no_step_twice, assert_same_outcome  # noqa: E402
+from test_resume import assert_same_outcome  # noqa: E402
 
 DATA = "--dataset digits --num-workers 0 --num-threads 1"
 MODEL = f"train.py --model cnn_small --batch-size 32 {DATA}"
@@ -110,7 +110,6 @@ def same_as(command: str, folder: Path) -> str:
         succeeds(command, REFERENCES[command])
     succeeds(f"{command} --resume", folder)
     assert_same_outcome(folder, REFERENCES[command])
-    assert_no_step_twice(folder)
     return "resumed: equal"
 
 
