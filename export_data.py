@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -28,14 +29,16 @@ from modeling.data.folders import encode_class
 from modeling.data.known import default_val_fraction
 from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
 from modeling.errors import UserError
-from modeling.files import write_text
+from modeling.files import named_errors, write_text
 from modeling.progress import Progress
-from modeling.run import lock
 from modeling.run.launch import num_cores, refuse_processes
+from modeling.run.lock import Lock
 
 FOLDERS = {"train": "train", "validation": "val", "test": "test"}
 MANIFEST = "manifest.json"
-LOCK_FILE = ".export.lock"
+LOCK = ".export.lock"
+# Files that an export makes for itself. One that is killed leaves them.
+OWN_FILES = re.compile(r"\.export\.lock|\.manifest\.json\.\w+\.tmp|\.\d+\.png\.part|\.+writable-.*")
 
 
 def build_parser() -> cli.Parser:
@@ -62,7 +65,7 @@ def build_parser() -> cli.Parser:
     outputs = parser.add_argument_group("output")
     outputs.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.path,
         default=Path("data"),
         help="the folder to fill, or to verify (default: data)",
     )
@@ -96,7 +99,7 @@ def export_to_imagefolder(
     Existing files with the right content are not written again, so a second call finishes a stopped export.
     UserError: the folder holds something else, or an image cannot be decoded.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     source = load_source(dataset, choices)
     print(source.describe(), flush=True)
     val_fraction = val_fraction or default_val_fraction(dataset)
@@ -112,26 +115,29 @@ def export_to_imagefolder(
     if "test" in source.splits:
         splits.append("test")
     parts = {split: select_rows(source, split, val_fraction=val_fraction, seed=seed) for split in splits}
+    _refuse_other_content(output_dir, settings)
     cli.check_output_dir(output_dir)
-    advice = "wait for its end, or choose another --output-dir"
-    with lock.Lock([output_dir / LOCK_FILE], description=str(output_dir), advice=advice):
-        _refuse_other_content(output_dir, settings)
-        return _export(source, parts, settings, output_dir, num_workers, skip_bad_images)
+    advice = "wait for it to end, or choose another --output-dir"
+    with Lock([output_dir / LOCK], description=f"the export to {output_dir}", advice=advice):
+        return _export(source, parts, output_dir, settings, num_workers, skip_bad_images)
 
 
 def _export(
     source: Source,
     parts: dict[str, tuple[str, torch.Tensor]],
-    settings: dict[str, Any],
     output_dir: Path,
+    settings: dict[str, Any],
     num_workers: int,
     skip_bad_images: bool,
 ) -> dict[str, Any]:
-    """Write the images and the manifest, and return it."""
-    folders = settings["classes"]
+    """Write the files of `parts` (split -> its split in the source, and the rows), then the manifest."""
+    for path in [*output_dir.glob(".*"), *output_dir.glob("*/*/.*")]:
+        if OWN_FILES.fullmatch(path.name) and path.name != LOCK:
+            path.unlink()  # a killed export has left it
     # If the export is stopped, this incomplete manifest stays. The next call then finishes the export.
     if not (output_dir / MANIFEST).exists():
         write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
+    folders = settings["classes"]
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
     skipped: list[str] = []
@@ -175,7 +181,9 @@ def _export(
 
 def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
     """UserError: the folder is neither empty nor an export with these settings."""
-    if all(path.name == LOCK_FILE for path in output_dir.iterdir()):
+    if not output_dir.exists():
+        return
+    if output_dir.is_dir() and all(OWN_FILES.fullmatch(path.name) for path in output_dir.iterdir()):
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
@@ -191,7 +199,8 @@ def _write_if_different(path: Path, content: bytes) -> str:
     if not path.is_file() or path.read_bytes() != content:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
-        part.write_bytes(content)
+        with named_errors(path):
+            part.write_bytes(content)
         os.replace(part, path)
     return hashlib.sha256(content).hexdigest()
 
@@ -206,12 +215,17 @@ def read_manifest(output_dir: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is broken ({error}): remove it and export again into an empty folder"
         ) from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} is not a manifest of an export")
+    is_ours = isinstance(manifest, dict) and (
+        not manifest.get("complete") or isinstance(manifest.get("files"), dict)
+    )
+    if not is_ours:
+        raise UserError(
+            f"{path} is not a manifest of an export: remove it and export again into an empty folder"
+        )
     return manifest
 
 
@@ -221,7 +235,7 @@ def verify_dataset(output_dir: str | Path) -> list[str]:
     A line says whether the file is missing, extra, altered or undecodable. UserError: there is no manifest,
     or the export was not finished.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     manifest = read_manifest(output_dir)
     if not manifest.get("complete"):
         raise UserError(
@@ -256,10 +270,10 @@ def count_duplicates(output_dir: Path) -> dict[str, int]:
 
 
 def _found(output_dir: Path) -> set[str]:
-    """Return the relative paths of all files in the folder, except the manifest and the lock."""
-    paths = [path for path in output_dir.rglob("*") if not path.is_dir()]
-    names = {path.relative_to(output_dir).as_posix() for path in paths}
-    return names - {MANIFEST, LOCK_FILE}
+    """Return the relative paths of all files in the folder, except the manifest and OWN_FILES."""
+    paths = [path for path in output_dir.rglob("*") if not OWN_FILES.fullmatch(path.name)]
+    names = {path.relative_to(output_dir).as_posix() for path in paths if not path.is_dir()}
+    return names - {MANIFEST}
 
 
 def _check_file(path: Path, name: str, digest: str) -> list[str]:

@@ -19,17 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from modeling import cli, metrics, models, randomness
 from modeling.data.augment import AUGMENT_SETS
 from modeling.data.batches import training_steps
 from modeling.data.stratified import stratified
-from modeling.engine import NOT_FINITE_HELP, evaluate_model, predict, train_step
+from modeling.engine import check_finite, evaluate_model, predict, train_step
 from modeling.progression import EVAL_BATCH_SIZE, Progression, report
 from modeling.run import checkpoint, lock, preemption, state, tracking
 from modeling.run.files import RunFiles
-from modeling.run.launch import make_accelerator
+from modeling.run.launch import Accelerator, make_accelerator, on_main_process
+from modeling.run.process import process_as_it_was
 from modeling.sanity import sanity_check
 from modeling.settings import Settings
 from modeling.setup import Run, describe, list_skipped, set_up
@@ -54,7 +53,7 @@ def build_parser() -> cli.Parser:
     add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
     add("--batch-size", type=cli.POSITIVE_INT, help="images per update, of all processes together")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
-    add("--output-dir", type=Path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
+    add("--output-dir", type=cli.path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")
     add("--run-name", help="name of the run's files (default: the model's name)")
     add(
         "--report-to",
@@ -69,7 +68,7 @@ def build_parser() -> cli.Parser:
     add("--max-steps", type=cli.POSITIVE_INT, help="number of updates; overrides --epochs (default: not set)")
     add("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
     add("--weight-decay", type=cli.NON_NEGATIVE, help="the optimizer's weight decay")
-    add("--warmup-epochs", type=cli.NON_NEGATIVE, help="epochs of linear warm-up of the learning rate")
+    add("--warmup-epochs", type=cli.EPOCHS, help="epochs of linear warm-up of the learning rate")
     add("--augment", choices=AUGMENT_SETS, help="random changes of each training image")
     add("--label-smoothing", type=cli.SHARE, help="share of the target spread over all classes")
     add("--mixup", type=cli.NON_NEGATIVE, metavar="ALPHA", help="blend pairs; weight from Beta(ALPHA, ALPHA)")
@@ -207,11 +206,8 @@ def finish_epoch(run: Run, now: Progression, epoch: int, signals: preemption.Pre
             progress=signals.check,
             features=now.features_of("validation"),
         )
+        check_finite(predictions, "validation")
         scores = metrics.compute(predictions)
-        if not math.isfinite(scores["loss"]):
-            raise FloatingPointError(
-                f"the validation loss was not finite after step {current.step}: {NOT_FINITE_HELP}"
-            )
         is_best, is_last = judge_epoch(settings, current, epoch, scores)
         header = run.header | now.state.described(epoch, scores)
         clock = {"train_seconds": time.monotonic() - now.started}
@@ -272,6 +268,7 @@ def test_best_epoch(run: Run, now: Progression, signals: preemption.Preemption) 
             accelerator=run.accelerator,
             progress=signals.check,
             features=now.features_of("test"),
+            split="test",
         )
         scores = {f"test_{name}": value for name, value in now.state.test.items()}
         now.tracker.record("test", step=now.state.step, best_epoch=now.state.best_epoch, **scores)
@@ -287,7 +284,7 @@ def run_training(args: argparse.Namespace) -> dict[str, Any]:
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     if args.sanity_check:
         return check_sanity(set_up(vars(args), accelerator, files), args.num_batches)
-    cli.check_output_dir(args.output_dir, "checkpoints", "runs")
+    on_main_process(accelerator, files.check_writable)
     with lock.hold_run(accelerator, files) as run_lock:
         return train(args, accelerator, files, run_lock)
 
@@ -305,7 +302,7 @@ def train(
     list_skipped(run)
 
     # ---- The loop: a signal such as Ctrl-C is only noted. All processes then stop after the same step.
-    with preemption.Preemption(accelerator, now.save) as signals:
+    with contextlib.closing(now.tracker), preemption.Preemption(accelerator, now.save) as signals:
         epoch = now.state.epoch
         while not now.state.finished:
             train_one_epoch(run, now, epoch, signals)
@@ -315,9 +312,10 @@ def train(
 
         # ---- Final test: evaluate the best epoch once. No choice was made on these images.
         test_best_epoch(run, now, signals)
-    return report(run, now)
+        return report(run, now)
 
 
+@process_as_it_was()
 def train_model(**options: Any) -> dict[str, Any]:
     """Train as the command does: train_model(model="cnn", dataset="digits", epochs=2).
 

@@ -24,7 +24,8 @@ run/              files (every file name of a run), lock (one owner), checkpoint
                   says of itself, checked), state (to resume from), resume (what is checked before the
                   first step), preemption (Ctrl-C and signals), tracking (TensorBoard and metrics.jsonl),
                   pace (speed, gradient norm), pictures, curves, launch (processes, threads, precision),
-                  environment (variables that are followed or refused), cores (how many, how busy)
+                  environment (variables that are followed or refused), cores (how many, how busy),
+                  process (what a notebook gets back)
 metrics           accuracy, F1 and others, as local `evaluate` modules
 evaluation        what evaluate.py runs
 profiling         what profile.py runs. Its parts: step_profile (one row), trace, profile_page
@@ -40,4 +41,9 @@ hub               downloads from the Hugging Face hub
 files             atomic writes and safetensors
 errors            UserError, for which a script exits with status 2
 shadow            how `import evaluate` and `import profile` find the real modules
+environment       variables that libraries read when they are imported
 """
+
+from modeling.environment import drop_bad_timeouts
+
+drop_bad_timeouts()

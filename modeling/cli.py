@@ -1,17 +1,22 @@
 """What the commands share: argument types, hardware flags, and how an error becomes an exit status."""
 
 import argparse
+import io
 import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from modeling import hub
 from modeling.errors import UserError
+from modeling.files import check_writable
+from modeling.run import preemption
 from modeling.run.launch import is_main_process, num_cores
 
 SAME_ERROR_SECONDS = 5  # the other processes report an error so much later than the main one
@@ -75,6 +80,7 @@ POSITIVE_INT = number(int, low=1, high=2**31 - 1)
 NUM_WORKERS = number(int, low=0, high=1024)
 POSITIVE = number(low=0, open_low=True)
 NON_NEGATIVE = number(low=0)
+EPOCHS = number(low=0, high=1e6)
 SEED = number(int, low=0, high=2**31 - 1)
 FRACTION = number(low=0, high=1, open_low=True, open_high=True)
 SHARE = number(low=0, high=1, open_high=True)
@@ -125,16 +131,45 @@ def add_data_choices(parser: Parser) -> None:
     )
 
 
+def path(text: str) -> Path:
+    """An argparse type: a path, in which ~ is the home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 def check_output_dir(folder: Path, *subfolders: str) -> None:
-    """Make the folder. Test whether it and its existing subfolders can be written. UserError: they cannot."""
-    for place in (folder, *(folder / name for name in subfolders if (folder / name).exists())):
-        probe = place / f".writable-{os.getpid()}"
+    """Try to write in the folder and in its subfolders. UserError: that fails."""
+    for place in (folder, *(folder / name for name in subfolders)):
+        check_writable(place)
+
+
+def open_streams() -> None:
+    """Open what is closed of the standard streams, and let them print every text, in ASCII too.
+
+    A file that is opened later would get the number of a closed stream, and libraries would print into it.
+    """
+    for number in (0, 1, 2):
         try:
-            place.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another machine's process of this number may have removed it
-        except OSError as error:
-            raise UserError(f"cannot write to the output folder {place}: {error.strerror}") from error
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def error_text(error: BaseException) -> str:
+    """One line for an error. An OSError without a file is said with the place in the program."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename:
+        return f"{error.strerror}: {error.filename}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error.strerror or error} (in {place.name} of {place.filename}:{place.lineno})"
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -145,23 +180,23 @@ def run(main: Callable[[], int | None]) -> int:
     traceback.
     """
     program = Path(sys.argv[0]).name
+    open_streams()
+    preemption.ends_process = True
     try:
-        return main() or 0
+        with hub.one_command():
+            return main() or 0
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
     except (UserError, OSError, FloatingPointError) as error:
-        if isinstance(error, OSError):
-            message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        else:
-            message = str(error)
         if not is_main_process():
             # The main process most likely has the same error. Let it report the error first: then the
             # launcher ends this process, and the message appears once.
             time.sleep(SAME_ERROR_SECONDS)
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(error_text(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     finally:
+        preemption.ends_process = False
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             # The threads of gloo can abort a process that ends while they run.
             torch.distributed.destroy_process_group()

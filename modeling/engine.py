@@ -295,6 +295,12 @@ def _gather_in_order(
     return in_order.index_copy_(0, all_positions[is_image], all_logits[is_image])
 
 
+def check_finite(predictions: Predictions, split: str) -> None:
+    """FloatingPointError, which names `split`, on every process: the loss of an image is not finite."""
+    if not predictions.losses.isfinite().all():
+        raise FloatingPointError(f"the {split} loss was not finite: {NOT_FINITE_HELP}")
+
+
 def evaluate_model(
     model: nn.Module,
     images: Images,
@@ -304,8 +310,12 @@ def evaluate_model(
     accelerator: Accelerator | None = None,
     progress: Callable[[int], None] | None = None,
     features: torch.Tensor | None = None,
+    split: str = "evaluation",
 ) -> dict[str, float]:
-    """Return the metrics (metrics.NAMES) of a model on images. For the arguments see predict."""
+    """Return the metrics (metrics.NAMES) of a model on images. For the other arguments see predict.
+
+    FloatingPointError: see check_finite.
+    """
     predictions = predict(
         model,
         images,
@@ -315,4 +325,5 @@ def evaluate_model(
         progress=progress,
         features=features,
     )
+    check_finite(predictions, split)
     return metrics.compute(predictions)

@@ -20,7 +20,7 @@ from modeling.errors import UserError
 from modeling.files import write_text
 from modeling.progress import Progress
 from modeling.run import checkpoint, lock
-from modeling.run.launch import make_accelerator
+from modeling.run.launch import make_accelerator, on_main_process
 
 LOCK_FILE = ".evaluate.lock"  # in the folder of the results
 
@@ -31,7 +31,7 @@ def build_parser(description: str = "") -> cli.Parser:
     inputs = parser.add_argument_group("input")
     inputs.add_argument(
         "--ckpt",
-        type=Path,
+        type=cli.path,
         nargs="+",
         required=True,
         metavar="FILE",
@@ -67,7 +67,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     outputs.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.path,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )
@@ -276,7 +276,7 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
     """Evaluate the checkpoints of the command line, write the results and the comparison."""
     accelerator = make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
     traces = args.output_dir / "traces"
-    cli.check_output_dir(args.output_dir, "traces")
+    on_main_process(accelerator, lambda: cli.check_output_dir(args.output_dir, "traces"))
     report.read_metrics_csv(traces / "metrics.csv")  # raise UserError before any work
     load_once = functools.cache(load_source)  # several checkpoints of one dataset load it once
     evaluations = [

@@ -1,9 +1,11 @@
 """Read safetensors files, and write files atomically."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,10 @@ from modeling.errors import UserError
 # The one metadata key of our checkpoints. With several keys safetensors would write them in random order,
 # and two equal checkpoints would differ as files.
 HEADER_KEY = "checkpoint"
+# What file systems answer that cannot do what is asked of a folder.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EACCES)
+TEMPORARY_BYTES = len(".") + len(".01234567.tmp")  # what atomic_write adds to a name
+PROBE_BYTES = 4096  # a full disk takes an empty file
 
 
 # A longer header is refused unread: JSON of 100 MB takes more than a gigabyte of memory. The header of a file
@@ -42,6 +48,7 @@ def open_safetensors(path: Path):
 
     UserError: the file is missing, truncated, or of another format, such as a pickle.
     """
+    path = path.expanduser()
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     with path.open("rb") as file:
@@ -90,36 +97,72 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Yield a temporary binary file to write. Rename it to `path` when the block ends.
 
     The file is flushed to disk before it is renamed, so a reader never sees half a file. After an error
-    `path` is unchanged.
+    `path` is unchanged. An OSError names a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-    ) as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with named_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())  # the same permissions as with open()
-            os.replace(file.name, path)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file that could not be made, or a disk that is gone
+                temporary.unlink()
             raise
-    directory = os.open(path.parent, os.O_RDONLY)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename in the folder on disk. Some file systems, and Windows, cannot do that for a folder."""
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
-def _umask() -> int:
-    """Return the process's umask. Python can read it only by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Give an OSError of this block the name of the file, if it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(folder: Path, longest_name: int = 0) -> None:
+    """Write a file as atomic_write does, with a name of `longest_name` bytes, and remove it.
+
+    A folder that is missing is not made: its nearest parent is tried. UserError: that fails.
+    """
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    probe = place / f".writable-{secrets.token_hex(8)}".ljust(longest_name, "-")
+    try:
+        with atomic_write(probe) as file:
+            file.write(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(
+                f"the names of files in {folder} would be too long for its file system, "
+                f"with {longest_name + TEMPORARY_BYTES} bytes: give a shorter --run-name"
+            ) from error
+        raise UserError(
+            f"cannot write to the output folder {folder}: {error.strerror}; "
+            "make room or correct the permissions there, or give another --output-dir"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. A name that is not UTF-8 is written with backslashes."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))

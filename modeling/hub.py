@@ -17,14 +17,28 @@ from modeling.errors import UserError
 
 # A request fails after this many seconds without an answer. HF_HUB_DOWNLOAD_TIMEOUT overrides it.
 ANSWER_SECONDS = 5
-# The process goes offline when the hub has been silent for this many times that limit.
+# The hub is given up when requests have had no answer for this many times that limit.
 QUIET_ANSWERS = 5
 RETRY_WAITS = (1, 2, 4)  # seconds between the tries
 WAYS_OUT = {
     "dataset": "give --dataset digits or a local folder (no folder has this name)",
     "model": "give --weights FILE.safetensors, or --weights none for random ones",
 }
-_heard = 0.0  # time.monotonic() when the hub last answered
+_is_command = False  # inside one_command()
+_gave_up = False  # the hub was silent: this command asks it no more
+_waiting_since: float | None = None  # time.monotonic() of the first request since the hub last answered
+
+
+@contextlib.contextmanager
+def one_command() -> Iterator[None]:
+    """In this block a hub that was silent once is not asked again. Afterwards it is."""
+    global _is_command, _gave_up
+    was_command, _is_command = _is_command, True
+    try:
+        yield
+    finally:
+        _is_command = was_command
+        _gave_up = _gave_up and was_command
 
 
 def download(
@@ -37,18 +51,22 @@ def download(
     used when the hub does not answer or HF_HUB_OFFLINE is set. One process downloads; the others wait for its
     file lock, not in a collective operation, which could time out. UserError: the files are not available.
     """
+    try:
+        with one_command():
+            return _download(repo_id, repo_type=repo_type, revision=revision, files=files)
+    except errors.HFValidationError as failure:
+        raise UserError(f"{repo_type} {repo_id!r} is not a hub name like owner/name") from failure
+
+
+def _download(repo_id: str, *, repo_type: str, revision: str | None, files: list[str] | None) -> Path:
     error: Exception | None = None
-    if not constants.HF_HUB_OFFLINE:
+    if _gave_up:
+        error = errors.OfflineModeIsEnabled("the hub did not answer before")
+    elif not constants.HF_HUB_OFFLINE:
+        lock = Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
         try:
-            with (
-                _impatient(),
-                WeakFileLock(
-                    Path(constants.HF_HUB_CACHE) / f".{repo_type}s--{repo_id.replace('/', '--')}.lock"
-                ),
-            ):
+            with _impatient(), WeakFileLock(lock):
                 return Path(_with_retries(repo_id, repo_type=repo_type, revision=revision, files=files))
-        except errors.HFValidationError as failure:
-            raise UserError(f"{repo_type} {repo_id!r} is not a hub name like owner/name") from failure
         except (httpx2.HTTPError, OSError) as failure:
             error = failure
     try:
@@ -103,27 +121,37 @@ def _answer_seconds() -> float:
 
 
 def _is_quiet() -> bool:
-    return time.monotonic() - _heard > QUIET_ANSWERS * _answer_seconds()
+    if _waiting_since is None:
+        return False
+    return time.monotonic() - _waiting_since > QUIET_ANSWERS * _answer_seconds()
+
+
+def _hear() -> None:
+    global _waiting_since
+    _waiting_since = None
 
 
 @contextlib.contextmanager
 def _impatient() -> Iterator[None]:
     """Limit how long the library waits for the hub inside this block.
 
-    Each request may wait ANSWER_SECONDS. After QUIET_ANSWERS times that long without any answer, the process
-    goes offline. Two hooks on the library's client set these limits; they are removed at the end. Files come
-    over plain HTTP, which can resume an interrupted download. The xet protocol is turned off, because the
-    limits do not apply to it.
+    Each request may wait ANSWER_SECONDS. After QUIET_ANSWERS times that long without any answer, the hub is
+    given up. The limits are two hooks on the library's client. Files come over plain HTTP, which resumes an
+    interrupted download: these limits do not reach the xet protocol. At the end the library is as it was.
     """
-    global _heard
-    _heard = time.monotonic()
+    _hear()
+    verbosity = huggingface_hub.utils.logging.get_verbosity()
+    is_xet_off = constants.HF_HUB_DISABLE_XET
     huggingface_hub.utils.logging.set_verbosity_error()
     constants.HF_HUB_DISABLE_XET = True
 
     def limit(request) -> None:
+        global _gave_up, _waiting_since
         if _is_quiet():
-            constants.HF_HUB_OFFLINE = True
+            _gave_up = True
             raise errors.OfflineModeIsEnabled("the hub does not answer")
+        if _waiting_since is None:
+            _waiting_since = time.monotonic()
         seconds = _answer_seconds()
         request.extensions["timeout"] = {
             "connect": seconds,
@@ -132,20 +160,18 @@ def _impatient() -> Iterator[None]:
             "pool": seconds,
         }
 
-    def listen(response) -> None:
-        global _heard
-        _heard = time.monotonic()
-
     client = huggingface_hub.get_session()
     hooks = client.event_hooks
     client.event_hooks = {
         "request": [*hooks.get("request", []), limit],
-        "response": [*hooks.get("response", []), listen],
+        "response": [*hooks.get("response", []), lambda response: _hear()],
     }
     try:
         yield
     finally:
         client.event_hooks = hooks
+        constants.HF_HUB_DISABLE_XET = is_xet_off
+        huggingface_hub.utils.logging.set_verbosity(verbosity)
 
 
 class _Bar(tqdm):
@@ -164,8 +190,7 @@ class _Bar(tqdm):
         super().__init__(*args, **kwargs)
 
     def update(self, n: float | None = 1) -> None:
-        global _heard
-        _heard = time.monotonic()
+        _hear()
         super().update(n)
 
     def set_description(self, *args, **kwargs) -> None:

@@ -74,7 +74,7 @@ def build_parser(description: str = "") -> cli.Parser:
     )
     workload.add_argument(
         "--output-dir",
-        type=Path,
+        type=cli.path,
         default=Path(),
         help="folder that gets traces/ (default: the current folder)",
     )

@@ -173,7 +173,6 @@ def report(run: Run, now: Progression) -> dict[str, Any]:
     scores = {f"validation_{name}": value for name, value in (current.best_scores or {}).items()}
     scores |= {f"test_{name}": value for name, value in (current.test or {}).items()}
     now.tracker.final(run.settings.recorded(), scores, current.step + 1)
-    now.tracker.close()
     picture = files.logs / "curves.png"
     if run.accelerator.is_main_process:
         title = f"{files.run}: {run.settings.model} on {run.settings.dataset}"

@@ -122,12 +122,14 @@ def read_metrics_csv(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != CSV_COLUMNS:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (UnicodeDecodeError, csv.Error):
+        header, rows = [], []
+    if tuple(header) != CSV_COLUMNS or any(len(row) != len(CSV_COLUMNS) for row in rows):
         raise UserError(f"{path} is not a metrics.csv of this program: move it away")
-    return rows
+    return [dict(zip(CSV_COLUMNS, row, strict=True)) for row in rows]
 
 
 def update_metrics_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

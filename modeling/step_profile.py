@@ -18,6 +18,7 @@ from modeling.engine import StepSettings, train_step
 from modeling.errors import UserError
 from modeling.models import count_parameters, file_name
 from modeling.optim import build_optimizer
+from modeling.run.process import process_as_it_was
 from modeling.trace import trace_steps
 
 WARMUP_STEPS = 3
@@ -75,6 +76,7 @@ class Phases:
         return {f"{phase}_share": seconds / total for phase, seconds in self.seconds.items()}
 
 
+@process_as_it_was()
 def profile_model(
     name: str,
     model: nn.Module,

@@ -1,5 +1,8 @@
 """Trace training steps: a Chrome trace, a table of operators, the costliest of them, the peak of memory."""
 
+import errno
+import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +68,27 @@ def trace_steps(
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     averages = profiler.key_averages()
     if folder:
-        with atomic_write(folder / f"profiler_trace_{name}.json") as file:
-            profiler.export_chrome_trace(file.name)
+        _write_trace(profiler, folder / f"profiler_trace_{name}.json")
         table = averages.table(sort_by=order, row_limit=TABLE_ROWS)
         write_text(
             folder / f"profiler_stats_{name}.txt",
             f"{name}: operators of {num_steps} training steps\n\n{table}\n",
         )
     return Trace(peak_bytes=peak, costliest=_costliest(averages, order, num_steps))
+
+
+def _write_trace(profiler: profile, path: Path) -> None:
+    """Write the Chrome trace. OSError: the profiler, which does not say so, could not write all of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(whole))
+        content = whole.read_bytes() if whole.exists() else b""
+    try:
+        json.loads(content)
+    except ValueError as error:
+        raise OSError(errno.ENOSPC, "the profiler's trace is not whole: is the disk full?", folder) from error
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _costliest(averages: Any, order: str, num_steps: int) -> list[Operator]:

@@ -275,7 +275,7 @@ for i in range(10**6):
 
 def test_an_older_run_is_moved_aside_whole(tmp_path):
     files = RunFiles(tmp_path, "run")
-    assert files.move_aside() is None
+    assert files.move_aside() == []
     for name in (
         "checkpoints/run_best.safetensors",
         "runs/run/metrics.jsonl",
@@ -283,11 +283,11 @@ def test_an_older_run_is_moved_aside_whole(tmp_path):
         "traces/predictions_run.csv",
     ):
         write_text(tmp_path / name, name)
-    moved = files.move_aside()
+    (moved,) = files.move_aside()
     assert (moved / "checkpoints/run_best.safetensors").read_text() == "checkpoints/run_best.safetensors"
     assert (moved / "runs/run/metrics.jsonl").exists()
     assert (moved / "traces/predictions_run.csv").exists()
     assert not (tmp_path / "runs/run").exists()
     assert (tmp_path / "runs/run2/metrics.jsonl").exists()
     write_text(tmp_path / "runs/run/metrics.jsonl", "second")
-    assert files.move_aside() != moved
+    assert files.move_aside() != [moved]

@@ -1,8 +1,6 @@
 """The training step against the same arithmetic done plainly; predictions; the average of weights."""
 
-import contextlib
 import math
-from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -13,7 +11,7 @@ from torch.nn import functional as F
 from modeling import models, randomness
 from modeling.data.augment import mix
 from modeling.data.batches import Batch, training_steps
-from modeling.data.images import Images, decode
+from modeling.data.images import decode
 from modeling.data.resize import Preprocessing
 from modeling.data.sources import load_source
 from modeling.engine import StepSettings, evaluate_model, make_inputs, predict, train_step
@@ -383,46 +381,6 @@ def test_the_step_gives_the_norm_of_the_gradient_before_it_is_clipped(accelerato
 
     assert norm(accelerator) > 0.2  # so that clipping had an effect
     assert norm(scaled(2.0**10)) == pytest.approx(norm(accelerator), rel=1e-2)  # the loss is scaled, not this
-
-
-class Meta(SimpleNamespace):
-    """An accelerator on the meta device, which computes only shapes: to read a value is an error there."""
-
-    device, process_index, num_processes, scaler = torch.device("meta"), 0, 1, None
-    clip_grad_norm_ = staticmethod(torch.nn.utils.clip_grad_norm_)
-
-    def backward(self, loss):
-        loss.backward()
-
-    def no_sync(self, _):
-        return contextlib.nullcontext()
-
-
-@pytest.mark.parametrize("augment", ["none", "light", "standard", "randaugment"])
-@pytest.mark.parametrize("name", ["cnn", "vit_scratch", "deit"])
-def test_the_step_never_waits_for_its_device(name, augment):
-    rows, pixels = torch.arange(64), torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
-    images = Images(pixels, rows, torch.full((64, 2), 32), rows % 10, rows, list("abcdefghij"))
-    micro_batches = next(training_steps(images, seed=0, epoch=0, batch_size=32, accumulation=2, mix=True))
-    size = 224 if name == "deit" else 32
-    step_settings = StepSettings(
-        Preprocessing(size, (0.5,) * 3, (0.5,) * 3), augment=augment, mixup=0.2, cutmix=0.2, clip_grad=1.0
-    )
-    model = models.build_model(name, num_classes=10, image_size=size).to("meta")
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)  # a fused one does not know this device
-    where = dict(epoch=0, step=0, num_images=32)
-    totals = train_step(
-        Meta(), model, optimizer, micro_batches, **where, lr=1e-3, step_settings=step_settings
-    )
-    assert totals.device.type == "meta" and all(p.grad is not None for p in model.parameters())
-    for wait in (
-        lambda: totals.sum().item(),
-        lambda: totals.cpu(),
-        lambda: bool(totals.sum() > 0),
-        lambda: totals.nonzero(),
-    ):
-        with pytest.raises(RuntimeError):
-            wait()
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -15,6 +15,7 @@ from modeling.data.division import select_rows
 from modeling.data.folders import encode_class
 from modeling.data.images import decode
 from modeling.data.sources import load_source
+from modeling.run.lock import Lock
 
 export_data = scripts.export_data
 
@@ -153,6 +154,42 @@ def test_a_folder_that_holds_something_else_is_left_alone(exported, source_folde
     assert_refused(call("export_data", "--val-fraction", "1.5"), "--val-fraction")
 
 
+def test_what_a_killed_export_leaves_of_its_own_is_no_obstacle(exported, source_folder, monkeypatch):
+    monkeypatch.setattr("modeling.run.lock.WATCH_SECONDS", 0.2)
+    arguments = ("--dataset", source_folder, "--output-dir", exported, "--val-fraction", 0.2)
+    before = tree(exported)
+    for name in (".manifest.json.0a1b2c3d.tmp", "val/cat's/.000001.png.part", ".export.lock"):
+        (exported / name).write_text("{")
+        result = call("export_data", "--verify", "--output-dir", exported)
+        assert result.status == 0, result.out
+    assert call("export_data", *arguments).status == 0
+    assert tree(exported) == before
+    shutil.rmtree(exported)
+    exported.mkdir()
+    (exported / ".manifest.json.0a1b2c3d.tmp").write_text("{")  # killed in its first write
+    assert call("export_data", *arguments).status == 0
+    assert tree(exported) == before
+
+
+def test_two_exports_into_one_folder_do_not_meet(exported, source_folder):
+    lock = exported / ".export.lock"
+    with Lock([lock], description="the export", advice="wait"):
+        result = call(
+            "export_data", "--dataset", source_folder, "--output-dir", exported, "--val-fraction", 0.2
+        )
+    assert_refused(result, f"the export to {exported} is in use by process")
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"complete": true}', '{"complete": true, "files": [1]}', "[" * 100_000, "\xff"]
+)
+def test_a_manifest_of_any_content_is_refused(content, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+    for flags in (("--verify",), ("--dataset", "digits")):
+        assert_refused(call("export_data", *flags, "--output-dir", tmp_path), str(tmp_path))
+
+
 def test_a_failed_second_export_leaves_the_first_and_its_manifest(tmp_path):
     source = make_image_folder(tmp_path / "s", {"train": {"a": 10, "b": 10}})
     arguments = ("--dataset", source, "--output-dir", tmp_path / "out")
@@ -176,6 +213,7 @@ def test_names_that_a_path_cannot_hold_are_encoded():
         "50%25",
         "plain",
     ]
+    assert export_data.class_folder("") == "%"  # "%" itself is %25
 
 
 def test_odd_folders_can_be_trained_on(tmp_path):

@@ -334,7 +334,7 @@ def test_a_failing_hub_is_one_line_within_a_minute(hub, home, tmp_path, what, pa
     assert not (tmp_path / "checkpoints").exists()
     # nothing half-downloaded is taken for whole: with a hub that is well it works
     hub.failures.clear()
-    constants.HF_HUB_OFFLINE = False  # which the silence had set, for this process
+    assert not constants.HF_HUB_OFFLINE  # the silence holds for the one command
     assert models.find_weights("vit", "default").path.read_bytes() == timm_weights("vit_tiny_patch16_224")
     assert len(load_source("stl10").splits["train"]) == 12
 
@@ -357,6 +357,37 @@ def test_a_hub_that_fails_serves_what_is_cached(hub, home):
         assert len(load_source("stl10").splits["train"]) == 12
 
 
+def test_a_silent_hub_is_left_alone_for_one_command_and_asked_by_the_next(hub, home, monkeypatch):
+    load_source("stl10")
+    hub.fail(FILES, "stall")
+    monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", 0)  # the second request without an answer is too many
+    with modeling.hub.one_command():
+        with pytest.raises(ValueError, match="the hub does not answer"):
+            load_source("cifar10")
+        asked = len(hub.asked)
+        assert len(load_source("stl10").splits["train"]) == 12  # from the cache
+        with pytest.raises(ValueError, match="the hub does not answer"):
+            load_source("cifar10")
+        assert len(hub.asked) == asked
+    assert not constants.HF_HUB_OFFLINE
+    hub.failures.clear()
+    monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", 5)
+    assert len(load_source("cifar10").splits["train"]) == 12
+
+
+def test_the_quiet_clock_starts_at_a_request(hub, home, monkeypatch):
+    """A process waits for the lock of another one that downloads, for longer than a hub may be silent."""
+    real = modeling.hub.WeakFileLock
+
+    def slow_lock(path):
+        time.sleep(1.2)
+        return real(path)
+
+    monkeypatch.setattr(modeling.hub, "WeakFileLock", slow_lock)
+    monkeypatch.setattr(modeling.hub, "QUIET_ANSWERS", 1)
+    assert len(load_source("stl10").splits["train"]) == 12
+
+
 def test_a_slow_hub_is_not_a_dead_one(hub, home):
     """More files than are fetched at once. Each takes over 5 seconds, the silence that ends a download."""
     names = [f"data/{n}.bin" for n in range(10)]
@@ -366,8 +397,10 @@ def test_a_slow_hub_is_not_a_dead_one(hub, home):
     assert all((folder / name).stat().st_size == 7 << 16 for name in names)
 
 
-@pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git"])
-def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, name):
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize("name", ["own/x..y", "a--b/c", "own/x.git", "my--data", "n" * 120])
+def test_a_name_that_the_hub_cannot_have(hub, home, tmp_path, monkeypatch, name, offline):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     assert_refused(call("train", "--dataset", name), f"dataset '{name}' is not a hub name")
     assert_refused(
         call("train", "--model", "vit", "--weights", f"hf-hub:{name}"),

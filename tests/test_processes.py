@@ -408,6 +408,14 @@ def test_processes_that_disagree_are_refused(tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_validation_loss_that_is_not_finite_ends_every_process_with_one_line(tmp_path):
+    flags = (*MODELS["cnn_small"], "--dataset", "digits", "--limit-train", 32, "--limit-eval", 21)
+    flags += ("--lr", "1e36", "--epochs", 1, "--output-dir", tmp_path)
+    for _, err in finish(start_ranks(2, "train", flags), status=1):
+        assert "error: the validation loss was not finite: use a lower --lr" in err
+        assert "Traceback" not in err
+
+
 def test_the_output_folder_must_be_shared(tmp_path):
     class Two:
         num_processes, is_main_process, device = 2, False, torch.device("cpu")

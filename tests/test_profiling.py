@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -9,7 +10,7 @@ import torch
 from conftest import assert_refused, call
 from test_page import Reader
 
-from modeling import cost, models, profile_page, profiling, recipes, step_profile
+from modeling import cost, models, profile_page, profiling, recipes, step_profile, trace
 from modeling.data.images import decode
 from modeling.data.resize import Preprocessing
 from modeling.data.sources import load_source
@@ -194,3 +195,17 @@ def test_bad_input(tmp_path):
         "--batch-sizes 5000",
     )
     assert_refused(call("profile", "--precisions", "int8"), "--precisions")
+
+
+@pytest.mark.parametrize("written", [None, "", '{"traceEvents": ['])
+def test_a_trace_that_is_not_whole_is_an_error_and_leaves_nothing(written, tmp_path):
+    """As on a full disk, of which the profiler says nothing."""
+
+    class Profiler:
+        def export_chrome_trace(self, path):
+            if written is not None:
+                Path(path).write_text(written)
+
+    with pytest.raises(OSError, match="not whole: is the disk full"):
+        trace._write_trace(Profiler(), tmp_path / "trace.json")
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score
 
 from modeling import metrics, report
 from modeling.engine import Predictions
+from modeling.errors import UserError
 
 ODD = [
     "cat's",
@@ -158,3 +159,28 @@ def test_the_predictions_of_many_classes_keep_the_five_largest_probabilities(tmp
         assert [row[f"class{place}"] for place in range(1, 6)] == [ODD[number] for number in numbers]
         written = [float(row[f"p{place}"]) for place in range(1, 6)]
         assert written == pytest.approx(values.tolist(), rel=1e-5)
+
+
+HEADER = ",".join(report.CSV_COLUMNS)
+ROW = ",".join("1" for _ in report.CSV_COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe\x00",
+        f"{HEADER}\ncaf\xe9".encode("latin-1"),
+        f"{HEADER}\n{'x' * 200_000}\n".encode(),
+        f"{HEADER}\n{ROW},1\n".encode(),
+        f"{HEADER}\n1,2\n".encode(),
+        b"",
+    ],
+    ids=["bytes", "latin-1", "a long field", "a column more", "columns less", "empty"],
+)
+def test_a_file_in_the_place_of_metrics_csv_is_refused(content, tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="metrics.csv is not a metrics.csv of this program: move it away"):
+        report.read_metrics_csv(path)
+    path.write_text(f"{HEADER}\n{ROW}\n")
+    assert report.read_metrics_csv(path) == [dict.fromkeys(report.CSV_COLUMNS, "1")]

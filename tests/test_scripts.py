@@ -4,6 +4,8 @@ import contextlib
 import json
 import os
 import re
+import resource
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
 
-from modeling.run import launch
+from modeling import cli
+from modeling.environment import drop_bad_timeouts
+from modeling.run import checkpoint, launch
 from modeling.run.launch import make_accelerator, num_cores
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile
@@ -293,6 +297,50 @@ def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(trained, tmp_path,
     assert_refused(result, "No space left on device", statuses=(1,))
     (old,) = (tmp_path / "out" / "previous").iterdir()
     assert (old / "checkpoints" / "cnn_small_best.safetensors").read_bytes() == trained.best.read_bytes()
+
+
+def test_a_checkpoint_that_the_system_does_not_take_is_named_and_the_run_can_be_resumed(tmp_path):
+    """The short form of benchmarks/faults.py: a file may have 1 MB."""
+    flags = (*TINY, "--max-steps", 1, "--output-dir", tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    try:
+        result = call("train", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_refused(result, "File too large", "cnn_small_best.safetensors", statuses=(1,))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert call("train", *flags, "--resume").status == 0
+
+
+def test_closed_and_ascii_streams_and_a_bad_timeout_are_no_obstacle(tmp_path):
+    """2>&- closes standard error: the next file that is opened must not get its number."""
+    flags = [*TINY, "--max-steps", 1, "--run-name", "é", "--output-dir", tmp_path]
+    line = shlex.join([sys.executable, str(ROOT / "train.py"), *map(str, flags)])
+    env = {"PYTHONIOENCODING": "ascii", "HF_HUB_DOWNLOAD_TIMEOUT": "abc"}
+    result = command("sh", "-c", f"{line} 2>&-", env=env)
+    assert result.returncode == 0, result.stdout
+    assert f"{tmp_path}/checkpoints/\\xe9_best.safetensors" in result.stdout
+    assert checkpoint.load_model(tmp_path / "checkpoints" / "é_best.safetensors")
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "2.5", ""])
+def test_a_timeout_that_huggingface_hub_cannot_read_is_ignored_with_a_line(value, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", value)
+    drop_bad_timeouts()
+    assert "HF_HUB_DOWNLOAD_TIMEOUT" not in os.environ
+    assert f"HF_HUB_DOWNLOAD_TIMEOUT={value} is ignored" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "20")
+    drop_bad_timeouts()
+    assert os.environ["HF_HUB_DOWNLOAD_TIMEOUT"] == "20"
+
+
+def test_an_error_without_a_file_says_where_it_was_raised(monkeypatch, capsys):
+    def main():
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+    assert cli.run(main) == 1
+    assert f"No space left on device (in main of {__file__}" in capsys.readouterr().err
 
 
 def test_an_error_reaches_the_shell_as_status_2(tmp_path):

@@ -1,5 +1,8 @@
 """Names, folders and hub ids become splits and classes."""
 
+import errno
+import os
+
 import datasets
 import numpy as np
 import pytest
@@ -162,3 +165,18 @@ def test_a_split_without_labels_is_left_out_and_said_so(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match="row 2 of split test of .* has no label"):
         load_source(str(tmp_path)).labels("test")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOLCK, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_named_as_what_it_is(number, tmp_path, monkeypatch):
+    folder = make_image_folder(tmp_path / "d", {"train": {"a": 2, "b": 2}})
+
+    def fail(*_, **__):
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=f"cache of datasets in .*{os.strerror(number)}.*HF_DATASETS_CACHE"):
+        load_source(str(folder))

@@ -1,6 +1,7 @@
 """TensorBoard's data read back, and metrics.jsonl."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -182,3 +183,37 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path):
     curves.draw_curves(tmp_path / "a.png", tmp_path / "metrics.jsonl", title="$x$ _{ %", best_epoch=2)
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "PNG" and image.width > 800
+
+
+@pytest.mark.parametrize("moment", ["at the start", "later"])
+def test_without_room_for_tensorboard_there_is_one_line_and_metrics_jsonl(
+    moment, tmp_path, monkeypatch, capsys
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = "tensorboard.summary.writer.event_file_writer.RecordWriter.write"
+    before = threading.excepthook
+    if moment == "at the start":
+        monkeypatch.setattr(writer, full)
+    tracker = Tracker(tmp_path)
+    monkeypatch.setattr(writer, full)
+    for step in range(30):
+        tracker.record("epoch", step=step, train_loss=1.0)
+        tracker.histograms(nn.Linear(2, 2), step)
+    assert tracker.flush() > 0
+    tracker.close()
+    assert threading.excepthook is before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "TensorBoard" in line and "No space left on device" in line and str(tmp_path) in line
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 30
+
+
+def test_an_error_of_metrics_jsonl_names_it(tmp_path):
+    tracker = Tracker(tmp_path)
+    tracker.lines.close()
+    tracker.lines = open("/dev/full", "ab")  # noqa: SIM115
+    with pytest.raises(OSError, match="/dev/full"):
+        tracker.record("epoch", step=1, train_loss=1.0)
+    with pytest.raises(OSError, match="/dev/full"):
+        tracker.close()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, call, make_image_folder, scripts
+from conftest import TINY, assert_refused, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling import setup
@@ -363,6 +363,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(t
     header = checkpoint.read_header(tmp_path / "checkpoints" / "cnn_small_best.safetensors")
     assert header["epoch"] == 1
     assert not (tmp_path / "checkpoints" / "cnn_small_final.safetensors").exists()
+
+
+def test_a_validation_or_test_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch):
+    flags = ("--lr", "1e36", "--limit-train", 32, "--epochs", 1, "--output-dir", tmp_path)
+    result = call("train", *TINY, *flags)
+    assert_refused(result, "the validation loss was not finite: use a lower --lr", statuses=(1,))
+
+    load_model = checkpoint.load_model
+
+    def broken(path):
+        model, header = load_model(path)
+        torch.nn.utils.vector_to_parameters(torch.full((545_098,), math.nan), model.parameters())
+        return model, header
+
+    monkeypatch.setattr(checkpoint, "load_model", broken)
+    result = call("train", *TINY, "--max-steps", 1, "--output-dir", tmp_path)
+    assert_refused(result, "the test loss was not finite: use a lower --lr", statuses=(1,))
 
 
 def test_a_second_run_moves_the_first_aside(trained, tmp_path):

@@ -8,11 +8,15 @@ traces/                                                           what evaluate.
 previous/{run}-{time}/                                            an older run of the same name, moved aside
 """
 
+import contextlib
 import datetime
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from modeling.errors import UserError
+from modeling.files import check_writable
 
 
 @dataclass(frozen=True)
@@ -68,24 +72,57 @@ class RunFiles:
         return [EvaluationFiles(traces, name) for name in names]
 
     def all(self) -> list[Path]:
-        """Every path that belongs to this run, whether it exists or not."""
-        paths = [self.best, self.final, self.states, self.logs]
+        """Every path that belongs to this run, whether it exists or not; the states last."""
+        paths = [self.logs, self.final, self.best]
         for evaluation in self.evaluations():
             paths += evaluation.all()
-        return paths
+        return [*paths, self.states]
 
-    def move_aside(self) -> Path | None:
-        """Move an older run's files to previous/{run}-{time}/. Return that folder, or None."""
-        old_paths = [path for path in self.all() if path.exists()]
-        if not old_paths:
-            return None
+    def check_writable(self) -> None:
+        """Try to write to the run's folders as training will. UserError: that fails."""
+        longest_name = max(len(os.fsencode(path.name)) for path in self.all())
+        for folder in (self.output_dir, self.best.parent, self.logs.parent):
+            check_writable(folder, longest_name)
+
+    def move_aside(self) -> list[Path]:
+        """Move an older run's files to previous/{run}-{time}/, all or none. Return the folders they are in.
+
+        A file on another file system goes to .previous/{run}-{time}/ beside it: to copy it could take long,
+        or fill a disk. The states are moved last, so that a move that was killed can still be resumed.
+        """
         time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        folder = self.output_dir / "previous" / f"{self.run}-{time}"
-        for path in old_paths:
-            target = folder / path.relative_to(self.output_dir)
-            target.parent.mkdir(parents=True, exist_ok=True)
+        name = f"{self.run}-{time}"
+        moved: list[tuple[Path, Path]] = []
+        folders: list[Path] = []
+        try:
+            for path in self.all():
+                if path.exists():
+                    folder, target = self._move(path, name)
+                    folders.append(folder)
+                    moved.append((path, target))
+        except OSError:
+            for path, target in moved:
+                target.rename(path)
+            raise
+        return list(dict.fromkeys(folders))
+
+    def _move(self, path: Path, name: str) -> tuple[Path, Path]:
+        """Move one file or folder. Return the folder of the older run, and the path in it."""
+        folder = self.output_dir / "previous" / name
+        target = folder / path.relative_to(self.output_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
             path.rename(target)
-        return folder
+        except OSError as error:
+            with contextlib.suppress(OSError):  # other files of the run are in it
+                os.removedirs(target.parent)
+            if error.errno != errno.EXDEV:
+                raise
+            folder = path.parent / ".previous" / name
+            target = folder / path.name
+            folder.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        return folder, target
 
 
 @dataclass(frozen=True)

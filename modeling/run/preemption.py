@@ -20,6 +20,7 @@ MOST_CALLS = 20
 # On Ctrl-C a process can get SIGINT twice: from the terminal and from the launcher. That counts as one
 # signal.
 SAME_SIGNAL_SECONDS = 0.5
+ends_process = False  # whether a second signal ends the process at once: cli.run sets it for commands
 
 
 class Preempted(Exception):
@@ -34,7 +35,8 @@ class Preemption:
     """In this block a signal is only noted. The next check() raises Preempted on every process.
 
     When Preempted leaves the block, every process calls `save`. Then it raises KeyboardInterrupt (SIGINT,
-    exit status 130) or SystemExit(143). A second signal ends the process at once, without saving.
+    exit status 130) or SystemExit(143). A second signal ends a command at once, without saving. In a
+    notebook, whose process must live on, it raises the same exceptions at once.
     """
 
     def __init__(self, accelerator: Accelerator, save: Callable[[], None]):
@@ -55,7 +57,9 @@ class Preemption:
 
     def _mark(self, number: int, frame) -> None:
         if self.number and time.monotonic() - self.marked > SAME_SIGNAL_SECONDS:
-            os._exit(130 if number == signal.SIGINT else 143)
+            if ends_process:
+                os._exit(_status(number))
+            raise _exception(number)
         self.number, self.marked = self.number or number, self.marked or time.monotonic()
         if number == getattr(signal, "SIGHUP", None):
             self._leave_terminal()
@@ -94,18 +98,20 @@ class Preemption:
             raise Preempted(number)
 
     def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if isinstance(error, Preempted):
+                self.save()
+                if self.accelerator.is_main_process:
+                    print(
+                        f"{error}: a state is saved; run the same command with --resume to continue",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
         if isinstance(error, Preempted):
-            self.save()
-            if self.accelerator.is_main_process:
-                print(
-                    f"{error}: a state is saved; run the same command with --resume to continue",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if isinstance(error, Preempted):
-            raise KeyboardInterrupt if error.number == signal.SIGINT else SystemExit(143)
+            raise _exception(error.number)
 
 
 def calls_until_next(call_seconds: float) -> int:
@@ -118,3 +124,12 @@ def _is_terminal(number: int) -> bool:
         return os.isatty(number)
     except OSError:  # closed
         return False
+
+
+def _status(number: int) -> int:
+    """The exit status of a process that a signal has stopped."""
+    return 130 if number == signal.SIGINT else 143
+
+
+def _exception(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(_status(number))

@@ -68,11 +68,11 @@ def restore_or_begin(
 
 
 def _move_older_run_aside(run_files: RunFiles) -> None:
-    folder = run_files.move_aside()
-    if folder:
-        can_resume = (folder / run_files.states.relative_to(run_files.output_dir)).exists()
-        advice = " (move them back to --resume it)" if can_resume else ""
-        print(f"The files of an older run {run_files.run!r} are now in {folder}{advice}", flush=True)
+    advice = " (move them back to --resume it)" if run_files.states.exists() else ""
+    folders = run_files.move_aside()
+    if folders:
+        places = " and ".join(map(str, folders))
+        print(f"The files of an older run {run_files.run!r} are now in {places}{advice}", flush=True)
 
 
 def check_best(accelerator: Accelerator, run_state: RunState, best: Path, *, force: bool) -> None:

@@ -1,20 +1,24 @@
 """The logs of a run: metrics.jsonl, and one of accelerate's trackers (TensorBoard, wandb, trackio)."""
 
+import contextlib
 import importlib.util
 import json
 import os
+import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from torch import nn
 from torch.utils.tensorboard.summary import hparams
 
 from modeling.errors import UserError
-from modeling.files import write_text
+from modeling.files import named_errors, write_text
+from modeling.run.events import hidden_writer_thread
 
 REPORT_TO = ("tensorboard", "wandb", "trackio", "none")
 PROJECT = "image-classification"  # of wandb and trackio
@@ -51,17 +55,38 @@ class Tracker:
         self.enabled = enabled
         self.tracker: GeneralTracker | None = None
         self.remote: RemoteRun | None = None
+        self.folder = folder
+        self.at_close = contextlib.ExitStack()
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
-            if report_to == "tensorboard":
-                self.tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
-            elif report_to != "none":
-                self.remote = RemoteRun(folder, report_to)
-                self.tracker = self.remote.tracker(config or {})
-            if self.tracker:
-                _start(self.tracker)
+            self.at_close.enter_context(hidden_writer_thread())
+            with self._or_give_up():
+                if report_to == "tensorboard":
+                    self.tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
+                elif report_to != "none":
+                    self.remote = RemoteRun(folder, report_to)
+                    self.tracker = self.remote.tracker(config or {})
+                if self.tracker:
+                    _start(self.tracker)
             self.lines = (folder / "metrics.jsonl").open("ab")
             self.lines.truncate(min(log_bytes, self.lines.tell()))
+
+    @contextlib.contextmanager
+    def _or_give_up(self) -> Iterator[None]:
+        """End the reports at the first OSError, with a warning: they are not worth a run."""
+        try:
+            yield
+        except OSError as error:
+            print(
+                f"TensorBoard's events in {self.folder} end here: {error.strerror or error}; "
+                "metrics.jsonl has the same values",
+                file=sys.stderr,
+                flush=True,
+            )
+            tracker, self.tracker = self.tracker, None
+            with contextlib.suppress(OSError):
+                if tracker is not None:
+                    tracker.finish()
 
     @property
     def is_reporting(self) -> bool:
@@ -71,27 +96,30 @@ class Tracker:
         """Write a line of metrics.jsonl, and report the values as scalars (train_loss as loss/train)."""
         if not self.enabled:
             return
-        self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
-        self.lines.flush()
+        with named_errors(Path(self.lines.name)):
+            self.lines.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self.lines.flush()
         self.scalars({tag_of(name): value for name, value in values.items()}, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Report numbers that metrics.jsonl does not get, for instance those that depend on the clock."""
         if self.tracker and values and not self._is_known(step):
-            self.tracker.log(dict(values), step=step)
+            with self._or_give_up():
+                self.tracker.log(dict(values), step=step)
 
     def image(self, tag: str, pixels: np.ndarray, step: int) -> None:
         """Report a picture (H, W, 3) uint8."""
         if self._is_known(step):
             return
-        if isinstance(self.tracker, TensorBoardTracker):
-            self.tracker.log_images({tag: pixels[None]}, step=step, dataformats="NHWC")
-        elif isinstance(self.tracker, WandBTracker):
-            self.tracker.log_images({tag: [pixels]}, step=step)
-        elif isinstance(self.tracker, TrackioTracker):
-            import trackio
+        with self._or_give_up():
+            if isinstance(self.tracker, TensorBoardTracker):
+                self.tracker.log_images({tag: pixels[None]}, step=step, dataformats="NHWC")
+            elif isinstance(self.tracker, WandBTracker):
+                self.tracker.log_images({tag: [pixels]}, step=step)
+            elif isinstance(self.tracker, TrackioTracker):
+                import trackio
 
-            self.tracker.log({tag: trackio.Image(pixels)}, step=step)
+                self.tracker.log({tag: trackio.Image(pixels)}, step=step)
 
     def histograms(self, model: nn.Module, step: int) -> None:
         """Write histograms of the trainable weights, and of the last step's gradients, to TensorBoard."""
@@ -106,7 +134,12 @@ class Tracker:
                     # In fp16 a step that overflows is skipped. Its gradients are not finite.
                     values = values[values.isfinite()]
                     if len(values):
-                        self.tracker.tracker.add_histogram(f"{kind}/{name}", values, step)
+                        self._histogram(f"{kind}/{name}", values, step)
+
+    def _histogram(self, tag: str, values: torch.Tensor, step: int) -> None:
+        if self.tracker:  # the first histograms may have ended the reports
+            with self._or_give_up():
+                self.tracker.tracker.add_histogram(tag, values, step)
 
     def final(self, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
         """Report a finished run: its settings, and its metrics as final/NAME. Runs line up in a table.
@@ -118,8 +151,9 @@ class Tracker:
         self.scalars(metrics, step)
         if isinstance(self.tracker, TensorBoardTracker):
             # SummaryWriter.add_hparams would make a run of its own for them, named after the clock.
-            for summary in hparams(plain_values(settings), metrics):
-                self.tracker.tracker.file_writer.add_summary(summary, step)
+            with self._or_give_up():
+                for summary in hparams(plain_values(settings), metrics):
+                    self.tracker.tracker.file_writer.add_summary(summary, step)
 
     def _is_known(self, step: int) -> bool:
         return self.remote is not None and self.remote.is_known(step)
@@ -128,17 +162,21 @@ class Tracker:
         """Flush the logs to disk. Return the length of metrics.jsonl in bytes."""
         if not self.enabled:
             return 0
-        if isinstance(self.tracker, TensorBoardTracker):
-            self.tracker.tracker.flush()
-        self.lines.flush()
-        os.fsync(self.lines.fileno())
+        with self._or_give_up():
+            if isinstance(self.tracker, TensorBoardTracker):
+                self.tracker.tracker.flush()
+        with named_errors(Path(self.lines.name)):
+            self.lines.flush()
+            os.fsync(self.lines.fileno())
         return self.lines.tell()
 
     def close(self) -> None:
+        with self.at_close, self._or_give_up():
+            if self.tracker:
+                self.tracker.finish()
         if self.enabled:
-            self.lines.close()
-        if self.tracker:
-            self.tracker.finish()
+            with named_errors(Path(self.lines.name)):  # it may hold what a full disk did not take
+                self.lines.close()
 
 
 def tag_of(name: str) -> str:
