@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 from modeling.analysis import Analysis
-from modeling.pages import headings, plots, tables
+from modeling.pages import confusions, headings, plots, tables
 from modeling.pages.banners import banners
 from modeling.pages.figures import Axis, hue, shape
 from modeling.pages.names import place
@@ -161,8 +161,8 @@ def _values(analysis: Analysis) -> dict[str, object]:
         "class_axis": tables.class_axis(classes),
         "num_classes": len(shared.classes),
         "class_names": shared.classes,
-        "confusions": tables.confusion_rows(analysis),
-        "matrices": tables.matrices(analysis),
+        "confusions": confusions.confusion_rows(analysis),
+        "matrices": confusions.matrices(analysis),
         "trust": tables.trust_rows(analysis, panels),
         "coverages": tables.COVERAGES,
         "coverage_plot": plots.coverage_plot(analysis),

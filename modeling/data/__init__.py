@@ -1,6 +1,11 @@
 """From a dataset's name to the batches that a model sees, in this order.
 
-sources    names, hub ids and folders -> splits and classes
+known      the datasets that have a short name
+folders    class folders -> splits, classes and what is left out
+tables     a table of labels -> the same
+parquet    parquet files -> the same, with columns and card (what README.md says)
+sources    a name, a hub id, a folder or a table -> one of these
+stratified, division   train and validation, and subsets
 decoding   an encoded image -> pixels
 store      decoded images on disk
 images     which images a run uses, and where their pixels are

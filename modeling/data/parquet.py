@@ -1,7 +1,6 @@
 """A folder of parquet files: its configurations, splits, columns and classes."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modeling.data.card import Card, matches, read_card
+from modeling.data.columns import choose_image_column, choose_label_column, class_names, is_plain_label
 from modeling.data.folders import SPLITS, digest_files, split_keyword
-from modeling.data.tables import LABEL_COLUMNS, sort_labels
+from modeling.data.tables import sort_labels
 from modeling.errors import UserError
 
 NO_LABEL = -1
@@ -68,8 +68,8 @@ def read_parquet(
     by_split, left_out = _name_splits(by_name, name, train_split, test_split)
     schemas = {file: _read_schema(root / file) for files in by_split.values() for file in files}
     first = next(iter(schemas))
-    image_column = _choose_image_column(schemas[first], image_column, name)
-    label_column = _choose_label_column(schemas[first], label_column, name, card, config)
+    image_column = choose_image_column(schemas[first], image_column, name)
+    label_column = choose_label_column(schemas[first], label_column, name, card, config)
     labels = {}
     for split, split_files in by_split.items():
         labels[split] = []
@@ -79,7 +79,7 @@ def read_parquet(
                     raise UserError(
                         f"{file} of {name} has no column {column!r}, only {', '.join(schemas[file].names)}"
                     )
-            known = _class_names(schemas[file], label_column) or card.class_names.get(
+            known = class_names(schemas[file], label_column) or card.class_names.get(
                 (config or "default", label_column)
             )
             labels[split].append(_read_labels(root / file, file, label_column, known, split))
@@ -192,79 +192,6 @@ def _read_schema(path: Path) -> pa.Schema:
         raise UserError(f"{path} is no parquet file that can be read: {detail}") from error
 
 
-def _features(schema: pa.Schema) -> dict[str, dict]:
-    """Give what the library `datasets` wrote about the columns; nothing if it did not write the file."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {column: kind for column, kind in features.items() if isinstance(kind, dict)}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return {}
-
-
-def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
-    feature = _features(schema).get(column, {})
-    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-    return [str(name) for name in names] if isinstance(names, list) else None
-
-
-def _choose(candidates: list[str], schema: pa.Schema, chosen: str | None, what: str, name: str) -> str:
-    flag = f"--{what}-column"
-    types = ", ".join(f"{column} ({schema.field(column).type})" for column in schema.names)
-    if chosen is not None:
-        if chosen in schema.names:
-            return chosen
-        raise UserError(f"{name} has no column {chosen!r} ({flag}), only {types}")
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        raise UserError(
-            f"{name} has {len(candidates)} columns that may be the {what}, {', '.join(candidates)}: "
-            f"choose one with {flag}"
-        )
-    raise UserError(f"{name} has no {what} column that can be told by its type, only {types}: use {flag}")
-
-
-def _choose_image_column(schema: pa.Schema, chosen: str | None, name: str) -> str:
-    features = _features(schema)
-    candidates = [column for column in schema.names if features.get(column, {}).get("_type") == "Image"]
-    candidates = candidates or [field.name for field in schema if _holds_bytes(field.type)]
-    column = _choose(candidates, schema, chosen, "image", name)
-    if not _holds_bytes(schema.field(column).type):
-        raise UserError(
-            f"the column {column!r} of {name} holds {schema.field(column).type}, not the bytes of images"
-        )
-    return column
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return {field.name for field in kind} >= {"bytes", "path"}
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _choose_label_column(
-    schema: pa.Schema, chosen: str | None, name: str, card: Card, config: str | None
-) -> str:
-    candidates = [
-        column
-        for column in schema.names
-        if _class_names(schema, column) or (config or "default", column) in card.class_names
-    ]
-    plain = [field.name for field in schema if _is_plain_label(field.type)]
-    candidates = candidates or [column for column in plain if column in LABEL_COLUMNS] or plain
-    return _choose(candidates, schema, chosen, "label", name)
-
-
-def _is_plain_label(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_integer(kind)
-        or pa.types.is_boolean(kind)
-        or pa.types.is_string(kind)
-        or pa.types.is_large_string(kind)
-        or pa.types.is_dictionary(kind)
-    )
-
-
 @dataclass
 class _Labels:
     """The labels of one file: codes (N,) are positions in names, or NO_LABEL. is_named: names are fixed."""
@@ -290,7 +217,7 @@ def _read_labels(path: Path, file: str, column: str, names: list[str] | None, sp
         return _Labels(file, codes, names, is_named=True)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    if not _is_plain_label(values.type):
+    if not is_plain_label(values.type):
         raise UserError(
             f"the label column {column!r} of {file} holds {values.type}: use whole numbers or text"
         )
