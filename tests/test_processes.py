@@ -404,7 +404,7 @@ def test_processes_that_disagree_are_refused(tmp_path):
     port = free_port()
     processes = [start_rank(rank, 2, port, "train", (*flags, *("--resume",) * rank)) for rank in range(2)]
     for _, err in finish(processes, status=2):
-        assert "error: the processes were started with other arguments" in err
+        assert "error: the processes have different arguments or images" in err
     assert not (tmp_path / "checkpoints").exists()
 
 
@@ -422,7 +422,7 @@ def test_the_output_folder_must_be_shared(tmp_path):
         gather = staticmethod(lambda tensor: tensor)
         wait_for_everyone = staticmethod(lambda: None)
 
-    with pytest.raises(ValueError, match="all machines must share it"):
+    with pytest.raises(ValueError, match="all machines share"):
         check_shared_folder(Two, tmp_path)
 
 
