@@ -228,6 +228,7 @@ class Material:
             optimizer=build_optimizer(arguments["optimizer"], model, lr=0.1, weight_decay=0.0),
             ema=None,
             arguments=arguments,
+            versions={},
         )
         with contextlib.redirect_stderr(io.StringIO()):
             restored = states.restore(force=False)

@@ -63,7 +63,8 @@ def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
         absent = [repr(name) for number, name in enumerate(source.classes) if number not in present]
         if absent:
             more = f", ... {len(absent) - 5} more" if len(absent) > 5 else ""
-            print(f"No {split} image has the class {', '.join(absent[:5])}{more}.")
+            adjective = "training" if split == "train" else split
+            print(f"No {adjective} image has the class {', '.join(absent[:5])}{more}.")
         if of_split.skipped:
             print(f"{len(of_split.skipped)} {split} images cannot be decoded and are skipped.")
         if split != "train" and (count := count_duplicates(images["train"], of_split)):

@@ -213,7 +213,7 @@ def test_names_that_a_path_cannot_hold_are_encoded():
         "50%25",
         "plain",
     ]
-    assert export_data.class_folder("") == "%"  # "%" itself is %25
+    assert encode_class("") == "%"  # "%" itself is %25
 
 
 def test_odd_folders_can_be_trained_on(tmp_path):

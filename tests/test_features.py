@@ -172,7 +172,9 @@ def test_features_are_of_the_backbone_that_was_resumed(tmp_path, cache):
     states = sorted((tmp_path / "run" / "checkpoints" / "vit_state").iterdir())
     states[-1].unlink()  # as if killed in the last epoch
     shutil.copy(tmp_path / "1.safetensors", weights)
-    assert same(expected, train(tmp_path / "run", *flags, "--resume"))
+    refused = call("train", *FLAGS, *flags, "--output-dir", tmp_path / "run", "--resume")
+    assert_refused(refused, "weights file")
+    assert same(expected, train(tmp_path / "run", *flags, "--resume", "--force"))
     assert sorted(cache.iterdir()) == folders
 
 
@@ -238,7 +240,8 @@ def test_images_whose_features_are_known_are_not_decoded(tmp_path, cache, monkey
         decoding.Decoder, "take", lambda self, indices: decoded.append(indices) or take(self, indices)
     )
     assert call("train", *flags, "--output-dir", tmp_path / "two").status == 0
-    assert len(decoded) == 2  # for the fingerprints of train and test; validation is in memory
+    # For the fingerprints of train and test, and for TensorBoard's grid; validation is in memory.
+    assert len(decoded) == 3
     assert same(*((head(tmp_path / run), metrics(tmp_path / run)) for run in ("one", "two")))
 
 

@@ -66,7 +66,7 @@ def test_a_name_that_is_not_utf8_can_be_reported(tmp_path):
 
 
 def test_a_run_name_that_is_too_long_is_refused_before_the_data(tmp_path):
-    longest = 255 - len("classification_report__final.txt") - files.TEMPORARY_BYTES
+    longest = 255 - len("classification_report__final_validation.txt") - files.TEMPORARY_BYTES
     for length in (longest + 1, 300):
         result = call("train", *TINY, "--run-name", "n" * length, "--output-dir", tmp_path / "out")
         assert_refused(result, "too long", "--run-name")

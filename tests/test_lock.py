@@ -181,7 +181,7 @@ def test_two_evaluations_of_one_folder_lose_no_row(trained, tmp_path, monkeypatc
 
 def test_two_exports_into_one_folder(tmp_path):
     folder = tmp_path / "data"
-    with lock.Lock([folder / scripts.export_data.LOCK_FILE], description=""):
+    with lock.Lock([folder / scripts.export_data.LOCK], description=""):
         result = call("export_data", "--dataset", "digits", "--output-dir", folder)
     assert_refused(result, f"{folder} is in use by process {os.getpid()} of", "choose another --output-dir")
     assert not folder.exists() or not [*folder.iterdir()]

@@ -15,6 +15,7 @@ ONE = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM], ids=lambda n: n.name)
 def test_a_signal_saves_a_state_and_ends_with_143(number, capsys):
+    signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
     saved = []
     with pytest.raises(SystemExit) as ended:
         with preemption.Preemption(ONE, lambda: saved.append(1)) as signals:

@@ -154,7 +154,13 @@ def test_a_state_of_the_device_is_saved_and_resumed_on_it(tmp_path):
         optimizer = torch.optim.Adam(model.parameters())
         ema = Ema(model, 0.9)
         states = States(
-            tmp_path, accelerator=GPU, model=model, optimizer=optimizer, ema=ema, arguments={"optimizer": "x"}
+            tmp_path,
+            accelerator=GPU,
+            model=model,
+            optimizer=optimizer,
+            ema=ema,
+            arguments={"optimizer": "x"},
+            versions={},
         )
         return model, optimizer, ema, states
 

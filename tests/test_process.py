@@ -120,7 +120,7 @@ def test_a_state_that_cannot_be_saved_leaves_the_handlers_as_they_were(tmp_path,
 
     def stop(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
-        return torch.zeros(2, dtype=torch.float64)
+        return torch.zeros(3, dtype=torch.float64)
 
     before = process_state()
     monkeypatch.setattr(scripts.train, "train_step", stop)

@@ -169,7 +169,10 @@ def test_a_split_without_labels_is_left_out_and_said_so(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOLCK, errno.EROFS])
 def test_a_cache_that_cannot_be_written_is_named_as_what_it_is(number, tmp_path, monkeypatch):
-    folder = make_image_folder(tmp_path / "d", {"train": {"a": 2, "b": 2}})
+    rows = {"image": [{"bytes": b"x", "path": None}], "label": ["a"]}
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("string")})
+    (tmp_path / "d").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / "train.parquet")
 
     def fail(*_, **__):
         try:
@@ -179,4 +182,4 @@ def test_a_cache_that_cannot_be_written_is_named_as_what_it_is(number, tmp_path,
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(ValueError, match=f"cache of datasets in .*{os.strerror(number)}.*HF_DATASETS_CACHE"):
-        load_source(str(folder))
+        load_source(str(tmp_path / "d"))

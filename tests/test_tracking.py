@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_there_under_its_id_and_tells_no_step_twice(packag
 
     monkeypatch.setattr(tracking, "TrackioTracker", Fake)
     monkeypatch.setattr(tracking, "WandBTracker", Fake)
-    monkeypatch.setattr(tracking, "_start", lambda tracker: None)
+    monkeypatch.setattr(tracking, "_started", lambda tracker: tracker)
     for steps in ((1, 2, 3), (2, 3, 4)):  # a state was saved after step 1
         tracker = Tracker(tmp_path, report_to=package, config={"lr": 0.1, "size": (3, 4)})
         for step in steps:

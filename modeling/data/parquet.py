@@ -300,9 +300,9 @@ def _load_images(root: Path, files: list[str], column: str, fingerprint: str, de
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:
             # The disk failed, not the dataset.
-            place = cause.filename or datasets.config.HF_DATASETS_CACHE
-            raise OSError(
-                cause.errno, f"{cause.strerror}, where `datasets` keeps its cache", str(place)
+            raise UserError(
+                f"the cache of datasets in {datasets.config.HF_DATASETS_CACHE} cannot be used: "
+                f"{cause.strerror}; make room there, or set HF_DATASETS_CACHE to another folder"
             ) from error
         detail = str(cause).strip().split("\n")[0] or type(cause).__name__
         raise UserError(f"the images of {described_as} cannot be read from parquet: {detail}") from error

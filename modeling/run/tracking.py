@@ -62,12 +62,11 @@ class Tracker:
             self.at_close.enter_context(hidden_writer_thread())
             with self._or_give_up():
                 if report_to == "tensorboard":
-                    self.tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
+                    tracker = TensorBoardTracker(folder.name, folder.parent, purge_step=first_step)
+                    self.tracker = _started(tracker)
                 elif report_to != "none":
                     self.remote = RemoteRun(folder, report_to)
-                    self.tracker = self.remote.tracker(config or {})
-                if self.tracker:
-                    _start(self.tracker)
+                    self.tracker = _started(self.remote.tracker(config or {}))
             self.lines = (folder / "metrics.jsonl").open("ab")
             self.lines.truncate(min(log_bytes, self.lines.tell()))
 
@@ -193,11 +192,11 @@ def plain_values(values: Mapping[str, Any]) -> dict[str, bool | int | float | st
     }
 
 
-def _start(tracker: GeneralTracker) -> None:
+def _started(tracker: GeneralTracker) -> GeneralTracker:
     """Start a tracker. UserError: wandb cannot, for instance because nobody has logged in."""
     if not isinstance(tracker, WandBTracker):
         tracker.start()
-        return
+        return tracker
     import wandb
 
     try:
@@ -206,6 +205,7 @@ def _start(tracker: GeneralTracker) -> None:
         raise UserError(
             f"wandb does not start: {error} Log in, set WANDB_MODE=offline or use --report-to none"
         ) from error
+    return tracker
 
 
 class RemoteRun:
