@@ -73,7 +73,7 @@ def unique_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     unique, seen = {}, set()
     for name, value in tensors.items():
         memory = (value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() and memory in seen:
+        if value.data_ptr() and memory in seen:  # 0: an empty tensor, or one without memory of its own
             continue
         seen.add(memory)
         value = value.detach().cpu().contiguous()
