@@ -172,9 +172,8 @@ class Material:
         path.write_bytes(content)
         return path
 
-    # Each returns what came of it: "right", "other" (an edited record that is valid), or "altered".
-
     def damage_checkpoint(self, rng: random.Random) -> str:
+        """Return "right" or "altered". The methods below may return "other": an edited record is valid."""
         mutate = rng.choice((mutate_bytes, mutate_bytes, mutate_layout))
         path = self.write(mutate(rng, self.best), "c.safetensors")
         model, header = checkpoint.load_model(path)
@@ -334,8 +333,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         with contextlib.redirect_stdout(io.StringIO()):
             train.main([*flags.split(), "--output-dir", str(folder)])
-        files = folder / "checkpoints"
-        material = Material(folder / "fuzz", files / "cnn_small_best.safetensors", files / "cnn_small_state")
+        run = folder / "checkpoints" / "cnn_small"
+        material = Material(folder / "fuzz", Path(f"{run}_best.safetensors"), Path(f"{run}_state"))
         start = time.monotonic()
         counts, failures = fuzz(material, args.mutations, args.seed)
     outcomes = sorted({outcome for _, outcome in counts})
