@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-all lint format clean
 
 setup: $(SETUP)
 
@@ -23,6 +23,9 @@ demo: $(SETUP)
 		--output-dir demo
 
 test: $(SETUP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(SETUP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(SETUP)

@@ -20,10 +20,48 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # torch reads the number of threads when it is imported, so our modules come after the lines above.
-from modeling import cli, cost, evaluation, profiling
+from modeling import cli, cost, evaluation, profiling, progression
 
 cost.MATRIX_SECONDS, cost.MATRIX_SIDE = 0.01, (128, 128)  # profile.py measures it beside each model
 cost.ROUND_SECONDS = 0.01  # evaluate.py times each model; no test looks at the times
+
+# train.py ends with a picture of the curves, which takes most of a second. test_tracking draws it.
+progression.curves = SimpleNamespace(draw_curves=lambda path, *_, **__: path.touch())
+
+# Proofs that take long, and whose kind has a shorter test that stays: `make test` leaves them out, and
+# `make test-all` runs them too. Each entry is the beginning of a test's id.
+SLOW = (
+    "test_features.py::test_each_view_is_computed_once_by_any_number_of_runs",
+    "test_features.py::test_killed_and_resumed_it_ends_the_same",
+    "test_features.py::test_two_processes_agree_with_one_whether_they_share_the_cache_or_not",
+    "test_hub.py::test_a_failing_hub_is_one_line_within_a_minute[all-401",
+    "test_hub.py::test_a_failing_hub_is_one_line_within_a_minute[all-500",
+    "test_hub.py::test_ranks_wait_for_a_slow_download_outside_of_any_collective",
+    "test_hub.py::test_the_literal_command_online_and_offline",
+    "test_lock.py::test_a_second_run_of_a_name_is_refused_and_the_first_ends_as_if_alone[resume]",
+    "test_processes.py::test_a_stopped_job_resumed_is_bitwise_the_one_never_stopped[3]",
+    "test_processes.py::test_accumulation_ends_in_the_same_weights_and_a_wrong_scale_does_not[vit_scratch]",
+    "test_processes.py::test_any_number_of_processes_ends_in_the_same_weights[3]",
+    "test_processes.py::test_evaluation_is_exact_on_any_number_of_images[3]",
+    "test_processes.py::test_resuming_on_another_number_of_processes",
+    "test_processes.py::test_two_machines_match_one_process",
+    "test_resume.py::test_a_signal_saves_one_state_and_resume_ends_the_same[10-143]",
+    "test_resume.py::test_stopped_in_the_loop_and_resumed_it_ends_the_same[attention dropout]",
+    "test_scripts.py::test_every_script_runs_by_path_from_any_folder[export_data]",
+    "test_scripts.py::test_every_script_runs_by_path_from_any_folder[sweep]",
+    "test_scripts.py::test_the_launcher_trains_and_the_checkpoint_evaluates[cpu_bf16",
+    "test_scripts.py::test_the_real_modules_are_found_in_the_root[dynamo]",
+    "test_train.py::test_each_model_overfits_real_images[resnet18]",
+    "test_train.py::test_each_model_overfits_real_images[vit_scratch]",
+    "test_train.py::test_vit_scratch_learns_at_224_pixels",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("IMAGE_DATA", ROOT.parent / "shared" / "data"))

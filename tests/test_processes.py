@@ -383,9 +383,9 @@ def test_a_bad_launch_is_one_line(tmp_path):
         cwd=tmp_path,
     )
     assert result.returncode == 1, "the launcher makes 1 of 2"
-    assert (
-        len(re.findall("train.py: error: --batch-size 1 is the batch of all 2 processes", result.stderr)) == 1
-    ), result.stderr
+    assert len(re.findall("train.py: error: --batch-size 1 is shared by 2 processes", result.stderr)) == 1, (
+        result.stderr
+    )
 
 
 def test_processes_that_disagree_are_refused(tmp_path):

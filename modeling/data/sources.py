@@ -1,5 +1,6 @@
 """From a name, a hub id, a folder or a table to a dataset: its splits, classes and what was left out."""
 
+import functools
 import io
 import os
 import re
@@ -296,6 +297,7 @@ def _read_parquet(
     )
 
 
+@functools.cache
 def _digits() -> Source:
     """Give scikit-learn's 1,797 digits as 32x32 RGB, with a fixed 80/20 division into train and test."""
     from sklearn.datasets import load_digits
@@ -306,7 +308,7 @@ def _digits() -> Source:
     for pixels in raw.images:
         grey = Image.fromarray((pixels * (255 / 16)).round().astype(np.uint8))
         buffer = io.BytesIO()
-        grey.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(buffer, "PNG")
+        grey.resize((32, 32), Image.Resampling.BILINEAR).convert("RGB").save(buffer, "BMP")
         cells.append({"bytes": buffer.getvalue(), "path": None})
     test = stratified(labels, round(0.2 * len(labels)), 0, randomness.SPLIT)
     is_test = torch.zeros(len(labels), dtype=torch.bool).index_fill_(0, test, True)
