@@ -1,6 +1,7 @@
 """What was read is what was meant: folders, tables and parquet files as people have them."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -11,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_image_folder
+import torch
+from conftest import call, make_image_folder
 from PIL import Image, features
 
 from modeling.data.folders import SPLITS, decode_class, encode_class
 from modeling.data.sources import Choices, load_source
 from modeling.errors import UserError
+from modeling.files import read_tensors
 
 TWO = {"hat": 3, "shoes": 2}
 
@@ -285,8 +288,6 @@ def test_a_table_of_the_same_pictures_is_the_same_dataset(tmp_path):
 
 
 def png(value: int) -> bytes:
-    import io
-
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4), (value, 7, 9)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -455,3 +456,39 @@ def test_a_picture_that_was_replaced_is_noticed_even_with_its_old_time_and_size(
     os.utime(picture, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert (picture.stat().st_size, picture.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
     assert load_source(str(tmp_path)).splits["train"].fingerprint != before.fingerprint
+
+
+# ---- The same pictures are the same training -----------------------------------------------------
+
+
+def test_real_class_folders_and_a_table_of_the_same_pictures_train_bitwise_alike(clothing, tmp_path):
+    weights = []
+    for kind in ("folders", "table"):
+        data = tmp_path / kind
+        data.mkdir()
+        for split in ("train", "validation"):
+            (data / split).symlink_to(clothing / split)
+        dataset = data
+        if kind == "table":
+            paths = [path.relative_to(clothing) for path in clothing.glob("*/*/*.jpg")]
+            rows = [{"image": p, "class": p.parts[1], "split": p.parts[0]} for p in paths]
+            dataset = write_table(data / "labels.csv", rows)
+        flags = (
+            "--image-size",
+            32,
+            "--limit-train",
+            48,
+            "--limit-eval",
+            16,
+            "--max-steps",
+            3,
+            "--batch-size",
+            16,
+        )
+        out = ("--output-dir", tmp_path / f"out_{kind}", "--num-workers", 1)
+        result = call("train", "--model", "cnn_small", "--dataset", dataset, *flags, *out)
+        assert result.status == 0, result.err
+        path = tmp_path / f"out_{kind}" / "checkpoints" / "cnn_small_final.safetensors"
+        weights.append(read_tensors(path)[0])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
