@@ -128,6 +128,11 @@ class Evaluation:
         # Only the images that were divided in training are divided here: else validation would hold images
         # that were trained on.
         divides = is_own and "validation" not in self.source.splits
+        if not divides and self.split not in self.source.splits:
+            raise UserError(
+                f"{self.source.name} has no split {self.split!r}, only {', '.join(self.source.splits)}: "
+                "choose one of these with --split"
+            )
         if divides and changed and self.split == "validation" and not force:
             raise UserError(
                 f"{self.source.name} changed since {path} was trained: {changed}. Its validation images may "

@@ -133,7 +133,7 @@ def test_what_is_left_out_is_counted_and_litter_never_decides(tmp_path):
     ):
         assert said in left_out, left_out
     assert source.describe().startswith(
-        "classes 2: hat, shoes (folders); images: 5 train, 2 test; left out: "
+        "classes 2: hat, shoes (folders); splits: 5 train, 2 test; left out: "
     )
     assert source.to_json()["left_out"][".heic"] == 2
 

@@ -101,7 +101,7 @@ class Source:
         columns = f", images from column {self.columns[0]}" if self.columns else ""
         splits = ", ".join(f"{len(split):,} {name}" for name, split in self.splits.items())
         left_out = folders.describe_counts(self.left_out)
-        return f"classes {len(self.classes)}: {names} ({self.classes_from}{columns}); images: {splits}" + (
+        return f"classes {len(self.classes)}: {names} ({self.classes_from}{columns}); splits: {splits}" + (
             f"; left out: {left_out}" if left_out else ""
         )
 
