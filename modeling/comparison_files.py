@@ -1,5 +1,6 @@
 """Compare evaluated checkpoints: write the page and the CSV files, and return the terminal's lines."""
 
+import datetime
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,6 +24,15 @@ from modeling.files import write_text
 from modeling.models import count_parameters
 from modeling.stats.classes import class_scores
 
+# What a command writes of all its checkpoints together.
+COMPARISON_FILES = (
+    "comparison.html",
+    "pairs.csv",
+    "class_metrics.csv",
+    "label_suspects.csv",
+    "model_comparison.txt",
+)
+
 
 @dataclass
 class Candidate:
@@ -39,6 +49,17 @@ class Candidate:
     predictions: Predictions
     dataset: str
     split: str
+
+
+def keep_older_comparison(traces: Path) -> None:
+    """Move the comparison of an earlier command to a folder of its own, and say where."""
+    older = [traces / name for name in COMPARISON_FILES if (traces / name).exists()]
+    if older:
+        folder = traces / "previous" / datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        folder.mkdir(parents=True)
+        for path in older:
+            path.rename(folder / path.name)
+        print(f"The comparison of an earlier command is now in {folder}")
 
 
 def write_comparison(traces: Path, candidates: Sequence[Candidate], accelerator: Accelerator) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
-from modeling.comparison_files import Candidate, write_comparison
+from modeling.comparison_files import Candidate, keep_older_comparison, write_comparison
 from modeling.data.division import select_rows, split_digests_differ
 from modeling.data.folders import SPLITS
 from modeling.data.images import Images, decode
@@ -322,6 +322,7 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
         )
     if accelerator.is_main_process:
         with lock.Lock([traces / LOCK_FILE], description=str(traces), waits=True):
+            keep_older_comparison(traces)
             lines = "\n".join(write_comparison(traces, candidates, accelerator))
             tables = report.compare_evaluations(evaluated)
             write_text(traces / "model_comparison.txt", f"{tables}\nRanking and pairs\n\n{lines}\n")

@@ -210,6 +210,12 @@ def test_each_evaluation_has_files_of_its_own_that_lead_to_the_pictures(tmp_path
     flags = ("--split", "validation", "--output-dir", tmp_path / "out")
     assert call("evaluate", "--ckpt", best, *flags).status == 0
     assert (traces / "predictions_cnn_small.csv").read_bytes() == of_test
+    # The comparison of the first command is kept.
+    (older,) = (traces / "previous").iterdir()
+    assert {"comparison.html", "class_metrics.csv", "model_comparison.txt"} <= {
+        p.name for p in older.iterdir()
+    }
+    assert "test of" in (older / "model_comparison.txt").read_text()
     files = [row["file"] for row in predictions(tmp_path / "out", "cnn_small_validation")]
     assert files == ["val/hat/0.png", "val/hat/1.png", "val/shoes/0.png", "val/shoes/1.png"]
     # Two runs of one name are told apart by their folders.
