@@ -389,7 +389,7 @@ def test_configurations_and_splits_are_chosen_by_name(tmp_path):
         assert "configuration large" in source.describe()
     shutil.rmtree(tmp_path / "small")
     (tmp_path / "README.md").unlink()
-    assert "left out: 1 split unlabelled" in load_source(str(tmp_path)).describe()
+    assert "left out: unlabelled (split)" in load_source(str(tmp_path)).describe()
     assert read(tmp_path, test_split="unlabelled") == (["a", "b", "c"], {"train": 3, "test": 3})
     with pytest.raises(UserError, match="no split 'x', only"):
         read(tmp_path, test_split="x")

@@ -150,7 +150,7 @@ def test_classes_called_as_splits_are_classes(tmp_path):
         ["a", "test"],
         {"train": 7},
     )
-    assert "left out: 1 folder spare" in source.describe()
+    assert "left out: spare (folder)" in source.describe()
 
 
 def test_a_split_without_labels_is_left_out_and_said_so(tmp_path):

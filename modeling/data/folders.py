@@ -53,6 +53,7 @@ _LITTER = {
 # Folders that train.py and evaluate.py write, and a file that shows that they did.
 _OUTPUTS = {"checkpoints": "*.safetensors", "runs": "*/metrics.jsonl", "traces": "metrics.csv"}
 LISTS = (".parquet", ".csv", ".tsv", ".jsonl")
+NAMED = ("(folder)", "(split)")  # how a kind ends that is left out by name, without a count
 RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
@@ -165,7 +166,7 @@ def _scan(full: str, relative: str, above: tuple[tuple[int, int], ...]) -> Node:
             if entry.is_symlink() and _identity(entry) in above:
                 node.left_out["links to a folder above"] += 1
             elif not relative and _is_output(Path(entry.path)):
-                node.left_out[f"folder {entry.name} of this project's results"] += 1
+                node.left_out[f"{entry.name} (folder)"] += 1
             else:
                 node.folders.append(_scan(entry.path, path, above))
         elif not entry.is_file():
@@ -324,8 +325,10 @@ def _class_name(node: Node, name: str) -> str:
 
 
 def describe_counts(counts: Counter) -> str:
-    """Example: "40 .heic, 3 broken links"."""
-    return ", ".join(f"{n:,} {kind}" for kind, n in sorted(counts.items()) if n)
+    """Example: "spare (folder), 40 .heic, 3 broken links". What has a name of its own comes first."""
+    names = [kind for kind in sorted(counts) if kind.endswith(NAMED)]
+    counted = [f"{n:,} {kind}" for kind, n in sorted(counts.items()) if n and not kind.endswith(NAMED)]
+    return ", ".join(names + counted)
 
 
 def digest_files(paths: Sequence[str], stats: Sequence[object]) -> str:

@@ -198,7 +198,7 @@ def _read_class_folders(
     if tree.files and tree not in found.splits.values():
         left_out["images outside class folders"] += len(tree.files)
     for folder in found.ignored:
-        left_out[f"folder {folder}"] += 1
+        left_out[f"{folder} (folder)"] += 1
     files = {}
     for split in SPLITS:
         if split in found.splits:
@@ -267,7 +267,7 @@ def _read_parquet(
     )
     left_out: Counter = Counter()
     for split in data.left_out:
-        left_out[f"split {split}"] += 1
+        left_out[f"{split} (split)"] += 1
     if tree.num_images:
         left_out["image files beside the parquet files"] += tree.num_images
     splits = {}
