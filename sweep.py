@@ -58,13 +58,14 @@ def build_parser() -> cli.Parser:
 
 def train_all(args: argparse.Namespace) -> list[RunFiles]:
     """Train each model with each seed, or finish what an earlier call began. Return the runs' files."""
-    options = {name: value for name, value in vars(args).items() if name not in ("models", "seeds")}
+    chosen_here = ("models", "seeds", "model", "seed", "run_name", "resume")
+    options = {name: value for name, value in vars(args).items() if name not in chosen_here}
     runs = [(model, seed) for seed in dict.fromkeys(args.seeds) for model in dict.fromkeys(args.models)]
     files = []
     for number, (model, seed) in enumerate(runs, start=1):
         run_name = f"{models.file_name(models.check_model_name(model))}_seed{seed}"
         print(f"\nRun {number} of {len(runs)}: {run_name}", flush=True)
-        train.train_model(**(options | dict(model=model, seed=seed, run_name=run_name, resume=True)))
+        train.train_model(**options, model=model, seed=seed, run_name=run_name, resume=True)
         files.append(RunFiles(args.output_dir, run_name))
     return files
 

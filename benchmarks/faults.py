@@ -36,14 +36,24 @@ REFERENCES: dict[str, Path] = {}  # a command -> the folder of its run without a
 PLACE = tempfile.TemporaryDirectory()
 
 
-def begin(command: str, folder: Path, *, processes: int = 1, **options) -> subprocess.Popen:
+def begin(
+    command: str, folder: Path, *, processes: int = 1, before: Callable[[], object] | None = None
+) -> subprocess.Popen:
+    """Start a command that writes to `folder`. `before` is called in the new process, before the command."""
     launch = [sys.executable]
     if processes > 1:
         launch += f"-m torch.distributed.run --nproc-per-node={processes} --master-port=0".split()
     argv = [*launch, *command.split(), "--output-dir", str(folder)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(argv, cwd=ROOT, env=env, **streams, **options)
+    return subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )
 
 
 def finish(job: subprocess.Popen) -> SimpleNamespace:
@@ -51,12 +61,16 @@ def finish(job: subprocess.Popen) -> SimpleNamespace:
     return SimpleNamespace(status=job.returncode, out=out, err=err)
 
 
-def run(command: str, folder: Path, **options) -> SimpleNamespace:
-    return finish(begin(command, folder, **options))
+def run(
+    command: str, folder: Path, *, processes: int = 1, before: Callable[[], object] | None = None
+) -> SimpleNamespace:
+    return finish(begin(command, folder, processes=processes, before=before))
 
 
-def succeeds(command: str, folder: Path, **options) -> SimpleNamespace:
-    result = run(command, folder, **options)
+def succeeds(
+    command: str, folder: Path, *, processes: int = 1, before: Callable[[], object] | None = None
+) -> SimpleNamespace:
+    result = run(command, folder, processes=processes, before=before)
     assert result.status == 0, f"exit {result.status}: {result.err[-300:]}"
     return result
 
@@ -134,7 +148,7 @@ def full_disk(command: str, size: str, link: str = "") -> str:
 
 def small_files() -> str:
     folder, limits = new_folder(), (10**6, resource.RLIM_INFINITY)
-    result = run(TRAIN, folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    result = run(TRAIN, folder, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     return f"{one_line(result, folder, 'File too large', str(folder))}; {same_as(TRAIN, folder)}"
 
 
@@ -200,7 +214,7 @@ def cpu_quota() -> str:
     group.mkdir()
     try:
         (group / "cpu.max").write_text("50000 100000")
-        succeeds(TRAIN, folder, preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
+        succeeds(TRAIN, folder, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
     finally:
         group.rmdir()
     return f"exit 0; {same_as(TRAIN, folder)}"

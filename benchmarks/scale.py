@@ -83,7 +83,9 @@ def main() -> None:
     images = Images(pixels, every, torch.full((50_000, 2), 32), every, every, [])
     timed(
         "duplicates between 45,000 and 5,000 images of 32 px",
-        lambda: count_duplicates(images.subset(every[:45_000]), images.subset(every[45_000:])),
+        lambda: count_duplicates(
+            {"train": images.subset(every[:45_000]), "test": images.subset(every[45_000:])}
+        ),
     )
 
 

@@ -15,8 +15,8 @@ The machinery:
 setup             from flags to everything that the training loop needs: images, model, optimizer
 settings          every value that a run uses, resolved once
 progression       everything that changes during a run
-data/             sources (names and folders -> splits and classes), images (which images, where their
-                  pixels are), resize, decoding, store (decoded images on disk)
+data/             sources (names, folders and tables -> splits and classes), images (which images, where
+                  their pixels are), resize, decoding, store (decoded images on disk)
 models/           build_model; timm backbones and the linear probe; weights (where they are, their record),
                   tensors (reading and fitting them), positions, layout; fast layers for a CPU
 features          the features of a frozen backbone, kept on disk
@@ -41,9 +41,9 @@ hub               downloads from the Hugging Face hub
 files             atomic writes and safetensors
 errors            UserError, for which a script exits with status 2
 shadow            how `import evaluate` and `import profile` find the real modules
-environment       variables that libraries read when they are imported
+timeouts          the hub's time limits, checked before a library reads them
 """
 
-from modeling.environment import drop_bad_timeouts
+from modeling.timeouts import drop_bad_timeouts
 
 drop_bad_timeouts()

@@ -1,8 +1,6 @@
 """Compare evaluated checkpoints: write the page and the CSV files, and return the terminal's lines."""
 
 import datetime
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from modeling.data.images import Images
 from modeling.engine import Predictions
 from modeling.files import write_text
 from modeling.models import count_parameters
+from modeling.run.curves import read_records
 from modeling.stats.classes import class_scores
 
 # What a command writes of all its checkpoints together.
@@ -76,7 +75,7 @@ def write_comparison(traces: Path, candidates: Sequence[Candidate], accelerator:
     analysis = analyse(
         comparison,
         costs,
-        digests=[pixel_digest(images, position) for position in positions],
+        digests=list(images.subset(torch.tensor(positions)).pixel_digests()),
         curves=read_curves(candidates),
     )
     html = page.render(
@@ -149,12 +148,6 @@ def picture(images: Images, position: int) -> Image.Image:
     return Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
 
 
-def pixel_digest(images: Images, position: int) -> bytes:
-    """Return a hash of an image's pixels."""
-    pixels, sizes = images.gather(torch.tensor([position]))
-    return hashlib.blake2b(sizes.numpy().tobytes() + pixels.numpy().tobytes(), digest_size=16).digest()
-
-
 def read_curves(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, float]]]:
     """Read the validation accuracy of each epoch, if metrics.jsonl is still where train.py wrote it."""
     curves = {}
@@ -163,12 +156,7 @@ def read_curves(candidates: Sequence[Candidate]) -> dict[str, list[tuple[int, fl
         log = candidate.path.parent.parent / "runs" / run / "metrics.jsonl"
         if candidate.path.parent.name != "checkpoints" or not log.is_file():
             continue
-        records = [json.loads(line) for line in log.read_text().splitlines()]
-        points = [
-            (record["epoch"], record["validation_accuracy"])
-            for record in records
-            if record.get("kind") == "epoch"
-        ]
-        if points:
-            curves[candidate.name] = points
+        epochs = read_records(log, "epoch")
+        if epochs:
+            curves[candidate.name] = [(record["epoch"], record["validation_accuracy"]) for record in epochs]
     return curves

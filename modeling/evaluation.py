@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
 from modeling.comparison_files import Candidate, keep_older_comparison, write_comparison
-from modeling.data.division import select_rows, split_digests_differ
+from modeling.data.division import describe_change, select_rows
 from modeling.data.folders import SPLITS
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
@@ -121,7 +121,7 @@ class Evaluation:
         trained_on, trained = self.header["dataset"], self.header["arguments"]
         self.source = load(*self._dataset_and_choices(dataset, choices))
         self.class_numbers = match_classes(path, self.header["classes"], self.source)
-        changed = split_digests_differ(self.source, trained_on)
+        changed = describe_change(self.source, trained_on)
         is_own = changed is None or self.source.name == trained_on["name"]
         default_split = self._default_split(is_own)
         self.split = split or default_split
@@ -249,12 +249,13 @@ def decode_once(
         side = evaluation.header["preprocessing"]["image_size"]
         key = (id(evaluation.source), evaluation.source_split, tuple(evaluation.rows.tolist()), side)
         if key not in decoded:
+            print(evaluation.source.describe(), flush=True)
             decoded[key] = evaluation.decode(
                 num_workers=num_workers, store_limit=store_limit, skip_bad_images=skip_bad_images
             )
-            print(evaluation.source.describe())
-            if decoded[key].skipped:
-                print(f"Skipped, cannot be decoded: {', '.join(decoded[key].skipped)}")
+            skipped = decoded[key].skipped
+            if skipped:
+                print(f"{len(skipped)} images cannot be decoded and are skipped, such as {skipped[0]}")
         images.append(decoded[key])
     return images
 

@@ -67,8 +67,9 @@ def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
             print(f"No {adjective} image has the class {', '.join(absent[:5])}{more}.")
         if of_split.skipped:
             print(f"{len(of_split.skipped)} {split} images cannot be decoded and are skipped.")
-        if split != "train" and (count := count_duplicates(images["train"], of_split)):
-            print(f"{count} of {len(of_split)} {split} images have the same pixels as a training image.")
+    for split, count in count_duplicates(images).items():
+        if count:
+            print(f"{count} of {len(images[split])} {split} images have the same pixels as a training image.")
 
 
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:

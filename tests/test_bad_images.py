@@ -17,6 +17,18 @@ from modeling.errors import UserError
 FLAGS = ("--model", "cnn_small", "--image-size", 16, "--batch-size", 8, "--max-steps", 2, "--num-workers", 1)
 
 
+def decode_good(source, split, rows, store_limit=1e9):
+    return decode(
+        source,
+        split,
+        rows,
+        image_size=16,
+        num_workers=1,
+        store_limit=store_limit,
+        skip_bad_images=True,
+    )
+
+
 @pytest.fixture
 def folder(tmp_path):
     """24 training images, of which two are broken, and a test split that holds two of them again."""
@@ -46,9 +58,8 @@ def test_bad_images_are_refused_by_name_or_skipped_and_listed(folder, tmp_path):
 @pytest.mark.parametrize("store_limit", [0, 1e9], ids=["decoded as used", "stored"])
 def test_the_images_that_are_left_are_the_same_however_they_are_kept(folder, store_limit):
     source = load_source(str(folder))
-    options = dict(image_size=16, num_workers=1, skip_bad_images=True)
-    images = decode(source, "train", torch.arange(24), store_limit=store_limit, **options)
-    few = decode(source, "train", torch.arange(2, 9), **options)  # in memory
+    images = decode_good(source, "train", torch.arange(24), store_limit)
+    few = decode_good(source, "train", torch.arange(2, 9))  # in memory
     assert (len(images), len(few)) == (22, 6)
     assert images.skipped == ["train/a/3.png", "train/b/7.png"]
     assert few.rows.tolist() == [2, 3, 4, 6, 7, 8]  # row 5 is a/3.png: the files are sorted by name
@@ -62,12 +73,22 @@ def test_pixels_that_are_in_two_splits_are_counted(folder, tmp_path):
     assert "of 7 test images have the same pixels as a training image" in result.out
     source = load_source(str(folder))
     train, test = (
-        decode(source, split, torch.arange(n), image_size=16, num_workers=1, skip_bad_images=True)
-        for split, n in (("train", 24), ("test", 7))
+        decode_good(source, "train", torch.arange(24)),
+        decode_good(source, "test", torch.arange(7)),
     )
-    assert count_duplicates(train, test) == 2
-    other = train.subset(torch.arange(3))
-    assert count_duplicates(test, other) == 0
+    assert count_duplicates({"train": train, "validation": train, "test": test}) == {
+        "validation": 22,
+        "test": 2,
+    }
+    assert count_duplicates({"train": test, "test": train.subset(torch.arange(3))}) == {"test": 0}
+
+
+def test_a_split_of_bad_images_alone_is_refused(tmp_path):
+    root = make_image_folder(tmp_path / "d", {"train": {"a": 2, "b": 2}})
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(UserError, match="no image of split train of .* can be decoded"):
+        decode_good(load_source(str(root)), "train", torch.tensor([1]))
 
 
 @pytest.mark.parametrize("damage", ["zeros", "cut", "sizes"])

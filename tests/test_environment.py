@@ -88,6 +88,16 @@ def test_what_accelerate_would_take_up_unsaid_is_refused(name, value, word, env)
         make_accelerator(mixed_precision=None, num_threads=None)
 
 
+def test_what_accelerate_cannot_do_on_this_hardware_is_one_line(env, monkeypatch):
+    def refuse(**_):
+        raise NotImplementedError("set NCCL_P2P_DISABLE=1")
+
+    env()
+    monkeypatch.setattr(launch.accelerate, "Accelerator", refuse)
+    with pytest.raises(UserError, match="refuses this environment: set NCCL_P2P_DISABLE=1"):
+        make_accelerator(mixed_precision=None, num_threads=None)
+
+
 def test_the_environment_cannot_divide_the_gradient(env, capsys):
     env(ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4, ACCELERATE_DYNAMO_BACKEND="no", ACCELERATE_USE_FSDP="false")
     accelerator = make_accelerator(mixed_precision=None, num_threads=None)

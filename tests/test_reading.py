@@ -115,6 +115,10 @@ def test_what_is_left_out_is_counted_and_litter_never_decides(tmp_path):
     save(tmp_path / "train" / "overview.jpg")
     (tmp_path / "train" / "empty").mkdir()
     (tmp_path / "train" / "metadata.csv").write_text("record,age\nr1,20\n")
+    # Files of other programs at the top: counted, and no reason to refuse the class folders.
+    (tmp_path / "notes.csv").write_bytes("größe,art\n".encode("latin-1"))
+    pq.write_table(pa.table({"feature": [0.5]}), tmp_path / "features.parquet")
+    (tmp_path / "train.zip").write_bytes(b"x")
     source = load_source(str(tmp_path))
     assert source.classes == ["hat", "shoes"]
     assert {split: len(rows) for split, rows in source.splits.items()} == {"train": 5, "test": 2}
@@ -123,7 +127,9 @@ def test_what_is_left_out_is_counted_and_litter_never_decides(tmp_path):
         "2 .heic",
         "1 .json",
         "1 .xmp",
-        "1 .zip",
+        "2 .zip",
+        "2 .csv",
+        "1 .parquet",
         "1 without extension",
         "1 broken links",
         "1 links to a folder above",

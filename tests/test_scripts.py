@@ -14,9 +14,9 @@ import torch
 from conftest import ROOT, TINY, assert_refused, call, command, make_image_folder, scripts
 
 from modeling import cli
-from modeling.environment import drop_bad_timeouts
 from modeling.run import checkpoint, launch
 from modeling.run.launch import make_accelerator, num_cores
+from modeling.timeouts import drop_bad_timeouts
 
 TRAIN_FLAGS = """--augment --batch-size --best-metric --checkpoint-every --clip-grad --compile
 --cutmix --dataset --deterministic --early-stop --ema --epochs --feature-views --force

@@ -205,7 +205,7 @@ def test_without_room_for_tensorboard_there_is_one_line_and_metrics_jsonl(
     tracker.close()
     assert threading.excepthook is before
     (line,) = capsys.readouterr().err.splitlines()
-    assert "TensorBoard" in line and "No space left on device" in line and str(tmp_path) in line
+    assert "tensorboard" in line and "No space left on device" in line and str(tmp_path) in line
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 30
 
 

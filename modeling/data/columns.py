@@ -42,11 +42,16 @@ def _choose(candidates: list[str], schema: pa.Schema, chosen: str | None, what: 
     raise UserError(f"{name} has no {what} column that can be told by its type, only {types}: use {flag}")
 
 
-def choose_image_column(schema: pa.Schema, chosen: str | None, name: str) -> str:
+def image_columns(schema: pa.Schema) -> list[str]:
+    """Give the columns of type Image, or if there are none, those that hold bytes."""
     features = _features(schema)
-    candidates = [column for column in schema.names if features.get(column, {}).get("_type") == "Image"]
-    candidates = candidates or [field.name for field in schema if _holds_bytes(field.type)]
-    column = _choose(candidates, schema, chosen, "image", name)
+    columns = [column for column in schema.names if features.get(column, {}).get("_type") == "Image"]
+    return columns or [field.name for field in schema if _holds_bytes(field.type)]
+
+
+def choose_image_column(schema: pa.Schema, chosen: str | None, name: str) -> str:
+    """Give the column of images. UserError: there is none, or several and none was chosen."""
+    column = _choose(image_columns(schema), schema, chosen, "image", name)
     if not _holds_bytes(schema.field(column).type):
         raise UserError(
             f"the column {column!r} of {name} holds {schema.field(column).type}, not the bytes of images"
@@ -63,6 +68,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 def choose_label_column(
     schema: pa.Schema, chosen: str | None, name: str, card: Card, config: str | None
 ) -> str:
+    """Give the column of labels. UserError: there is none, or several and none was chosen."""
     candidates = [
         column
         for column in schema.names

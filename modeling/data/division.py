@@ -24,8 +24,8 @@ def division_digest(source: Source) -> str | None:
     return hashlib.sha256("\0".join([split.identity, *names]).encode()).hexdigest()
 
 
-def split_digests_differ(source: Source, trained_on: dict) -> str | None:
-    """Say what keeps the train split of `source` from being divided as in training; None: nothing does.
+def describe_change(source: Source, trained_on: dict) -> str | None:
+    """Say how the train split of `source` differs from that of the training; None: they are equal.
 
     trained_on is the `dataset` entry of a checkpoint's header.
     """

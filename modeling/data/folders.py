@@ -99,7 +99,7 @@ def decode_class(folder: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-@dataclass
+@dataclass(eq=False)
 class Node:
     """A folder of the tree. files are the image files; stats are size, mtime, ctime and inode of each."""
 
@@ -270,6 +270,16 @@ def _refuse_splits_inside_classes(split: Node, name: str) -> None:
                     f"{name}: {node.path}/ stands inside {class_node.path}/, so a split would be taken for "
                     f"images of the class {class_node.name!r}: give a folder that holds the splits"
                 )
+
+
+def left_out_above(node: Node, splits: Sequence[Node]) -> Counter:
+    """Count what is left out in the folders that hold splits, by kind. The splits count for themselves."""
+    if node in splits or not any(split in splits for split in node.walk()):
+        return Counter()
+    left_out = node.left_out + Counter({"images outside class folders": len(node.files)})
+    for folder in node.folders:
+        left_out += left_out_above(folder, splits)
+    return left_out
 
 
 @dataclass

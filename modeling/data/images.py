@@ -82,10 +82,11 @@ class Images:
 
     def pixel_digests(self) -> Iterator[bytes]:
         """Yield a digest of each image's size and pixels."""
-        for image in self._pixels_of(self.pixel_index):
-            height, width = image.shape[1:]
-            shape = height.to_bytes(4, "little") + width.to_bytes(4, "little")
-            yield hashlib.blake2b(image.contiguous().numpy(), key=shape, digest_size=16).digest()
+        for part in self.pixel_index.split(1024):
+            for image in self._pixels_of(part):
+                height, width = image.shape[1:]
+                shape = height.to_bytes(4, "little") + width.to_bytes(4, "little")
+                yield hashlib.blake2b(image.contiguous().numpy(), key=shape, digest_size=16).digest()
 
     def fingerprint(self) -> str:
         """Give the SHA-256 of sizes, labels and about FINGERPRINT_BYTES of pixels at most."""
@@ -140,18 +141,18 @@ def decode(
         # Only decoding shows whether an image is whole.
         read_size = functools.partial(decoding.size_if_good, read_image)
     path = store.store_path(source.splits[split].fingerprint, keep)
-    is_stored, image_bytes = path is not None and store.is_whole(path), 0.0
+    is_stored, image_bytes = path is not None and path.exists(), 0.0
     if path and not is_stored:
-        sample = [
-            math.prod(size) for size in encoded.map(read_size, rows[:: -(-len(rows) // 256)].tolist(), 0)
-        ]
-        image_bytes = 3 * sum(sample) / len(sample)
+        sample = rows[:: -(-len(rows) // 256)].tolist()
+        num_pixels = [math.prod(size) for size in encoded.map(read_size, sample, num_workers)]
+        image_bytes = 3 * sum(num_pixels) / len(sample)
     if path is None or not (is_stored or 2 * len(rows) > num_images or image_bytes * len(rows) > IN_MEMORY):
         found = list(read(read_image, rows.tolist()))
         is_good = torch.tensor([image is not None for image in found])
         pixels = store.collect(image for image in found if image is not None)
         pixel_index = is_good.cumsum(0) - 1
-        sizes = _sizes_of(pixels)[pixel_index]
+        sizes = torch.zeros(len(rows), 2, dtype=torch.int64)
+        sizes[is_good] = _sizes_of(pixels)
     elif is_stored or image_bytes * num_images <= store_limit:
         store.build(path, read(read_image, range(num_images), everywhere=True))
         pixels, pixel_index = store.read(path), rows
@@ -192,14 +193,21 @@ def _sizes_of(pixels: store.Pixels) -> torch.Tensor:
     return torch.tensor([image.shape[1:] for image in pixels], dtype=torch.int64).view(-1, 2)
 
 
-def count_duplicates(images: Images, others: Images) -> int | None:
-    """Count the images in `others` whose pixels are also in `images`. None: there are too many to compare."""
-    if isinstance(images.pixels, decoding.Decoder) or isinstance(others.pixels, decoding.Decoder):
-        return None
-    if 3 * sum(int(each.sizes.prod(dim=1).sum()) for each in (images, others)) > COMPARED_BYTES:
-        return None
-    known = set(images.pixel_digests())
-    return sum(digest in known for digest in others.pixel_digests())
+def count_duplicates(images: dict[str, Images]) -> dict[str, int]:
+    """Count for each other split the images whose pixels are also in "train".
+
+    Nothing is counted if there are too many pixels to compare, or if they are decoded at each use.
+    """
+    num_bytes = 3 * sum(int(each.sizes.prod(dim=1).sum()) for each in images.values())
+    is_decoded = any(isinstance(each.pixels, decoding.Decoder) for each in images.values())
+    if is_decoded or num_bytes > COMPARED_BYTES or len(images) == 1:
+        return {}
+    in_train = set(images["train"].pixel_digests())
+    return {
+        split: sum(digest in in_train for digest in each.pixel_digests())
+        for split, each in images.items()
+        if split != "train"
+    }
 
 
 def native_size(images: Images) -> int:

@@ -15,7 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modeling.data.card import Card, matches, read_card
-from modeling.data.columns import choose_image_column, choose_label_column, class_names, is_plain_label
+from modeling.data.columns import (
+    choose_image_column,
+    choose_label_column,
+    class_names,
+    image_columns,
+    is_plain_label,
+)
 from modeling.data.folders import SPLITS, digest_files, split_keyword
 from modeling.data.tables import sort_labels
 from modeling.errors import UserError
@@ -104,6 +110,11 @@ def read_parquet(
     return ParquetData(splits, classes, image_column, label_column, config, left_out)
 
 
+def holds_images(path: Path) -> bool:
+    """Tell whether a parquet file has a column that may hold images."""
+    return bool(image_columns(_read_schema(path)))
+
+
 def _stat(path: Path) -> tuple[int, int, int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
@@ -178,7 +189,7 @@ def _name_splits(
             taken[split] = given
     if not taken:
         raise UserError(
-            f"{name} has the splits {', '.join(groups)}, none of which is train or test: choose with "
+            f"{name} has no split that is named train or test, only {', '.join(groups)}: choose with "
             "--train-split and --test-split"
         )
     return {split: groups[taken[split]] for split in SPLITS if split in taken}, left_out

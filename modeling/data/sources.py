@@ -153,6 +153,9 @@ def _read_folder(root: Path, name: str, revision: str | None, choices: Choices) 
     """Read a folder: parquet files if they hold images, else class folders, else a table of labels."""
     tree = folders.scan(root)
     parquet_files = [path for node in tree.walk() for path in node.lists if path.lower().endswith(".parquet")]
+    # Beside class folders a parquet file may be another program's.
+    if tree.num_images and not choices.image_column:
+        parquet_files = [path for path in parquet_files if parquet.holds_images(root / path)]
     if parquet_files:
         return _read_parquet(root, sorted(parquet_files), name, revision, choices, tree)
     found = folders.find_splits(tree, name, choices.train_split, choices.test_split)
@@ -195,8 +198,7 @@ def _read_class_folders(
 ) -> Source:
     """Read splits of class folders. A split that shares no class with train has no labels and is left out."""
     left_out: Counter = Counter()
-    if tree.files and tree not in found.splits.values():
-        left_out["images outside class folders"] += len(tree.files)
+    left_out += folders.left_out_above(tree, list(found.splits.values()))
     for folder in found.ignored:
         left_out[f"{folder} (folder)"] += 1
     files = {}

@@ -97,8 +97,11 @@ def find_tables(root: Path, tree: Node) -> list[str]:
 
 
 def has_columns(path: Path) -> bool:
-    """Tell whether a table has a column of files and one of labels, by the usual names."""
-    columns = {column for row in _read(path, first_row_only=True) for column in row}
+    """Tell whether a file is a table with a column of files and one of labels, by the usual names."""
+    try:
+        columns = {column for row in _read(path, first_row_only=True) for column in row}
+    except UserError:  # a file of another program
+        return False
     return bool(columns.intersection(FILE_COLUMNS)) and bool(columns.intersection(LABEL_COLUMNS))
 
 

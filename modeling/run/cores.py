@@ -39,7 +39,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
             mounts, read = [controllers, "cpu"], _quota_v1
         else:
             continue
-        # In a container the path may be the host's, of which only the root is seen.
+        # In a container this path may be the host's. The container then sees only the root of the groups.
         path = Path(group.lstrip("/"))
         for mount in mounts:
             for folder in (path, *path.parents):

@@ -2,8 +2,8 @@
 
 checkpoints/{run}_best.safetensors and {run}_final.safetensors    the checkpoints
 checkpoints/{run}_state/                                          the states to resume from (state.py)
-runs/{run}/                                                       TensorBoard events, metrics.jsonl
-(tracking.py) checkpoints/.{run}.lock, runs/.{run}.lock                         the locks (lock.py)
+runs/{run}/                                                       logs and pictures (tracking.py, curves.py)
+checkpoints/.{run}.lock, runs/.{run}.lock                         the locks (lock.py)
 traces/                                                           what evaluate.py writes for a checkpoint
 previous/{run}-{time}/                                            an older run of the same name, moved aside
 """

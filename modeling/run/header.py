@@ -1,11 +1,13 @@
 """The header of a checkpoint: the JSON in which a file describes its model, read and checked."""
 
+import dataclasses
 import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from modeling.data.sources import Choices
 from modeling.errors import UserError
 
 FORMAT_VERSION = 2  # 1 had no digests
@@ -13,7 +15,7 @@ MAX_IMAGE_SIZE = 2048  # pixels. A batch of 64 such images takes 3 GB.
 MAX_CLASSES = 1_000_000
 MAX_TEXT = 4096  # characters of a name or a path
 MAX_ARGUMENT = 2**20  # of a whole number among a model's arguments
-CHOICES = ("image_column", "label_column", "dataset_config", "train_split", "test_split")
+CHOICES = tuple(field.name for field in dataclasses.fields(Choices))
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 

@@ -85,11 +85,12 @@ def _build_accelerator(mixed_precision: str | None, use_cpu: bool) -> Accelerato
             return accelerate.Accelerator(
                 mixed_precision=mixed_precision,
                 cpu=use_cpu,
-                # Without the plugin accelerate reads a number of steps from the environment, by which it
-                # divides the loss. train_step accumulates by itself.
+                # train_step accumulates by itself. Without this plugin accelerate would read a number of
+                # steps from the environment, and divide the loss by it.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
                 kwargs_handlers=[accelerate.InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
             )
+    # accelerate raises NotImplementedError for an RTX 4000 without the NCCL variables that it needs.
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"accelerate refuses this environment: {error}") from error
 

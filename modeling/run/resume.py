@@ -1,7 +1,6 @@
 """Resuming: the state is restored and checked before the first step, or the run begins."""
 
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modeling.errors import UserError
+from modeling.run import environment
 from modeling.run.checkpoint import read_header
 from modeling.run.files import RunFiles
 from modeling.run.state import RunState, States, launcher
@@ -26,7 +26,7 @@ def restore_or_begin(
     processes found different states, or the best checkpoint is not this run's.
     """
     accelerator = states.accelerator
-    num_restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    num_restarts = environment.integer("TORCHELASTIC_RESTART_COUNT", 0)
     restarts = accelerator.gather(torch.tensor([num_restarts], device=accelerator.device))
     is_restarted = int(restarts.max()) > 0
     restored = None

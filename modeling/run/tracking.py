@@ -55,7 +55,7 @@ class Tracker:
         self.enabled = enabled
         self.tracker: GeneralTracker | None = None
         self.remote: RemoteRun | None = None
-        self.folder = folder
+        self.folder, self.report_to = folder, report_to
         self.at_close = contextlib.ExitStack()
         if enabled:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ class Tracker:
             yield
         except OSError as error:
             print(
-                f"TensorBoard's events in {self.folder} end here: {error.strerror or error}; "
-                "metrics.jsonl has the same values",
+                f"The reports to {self.report_to} of {self.folder} end here: {error.strerror or error}; "
+                "metrics.jsonl goes on",
                 file=sys.stderr,
                 flush=True,
             )
