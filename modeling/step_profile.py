@@ -22,10 +22,9 @@ from modeling.run.process import process_as_it_was
 from modeling.trace import trace_steps
 
 WARMUP_STEPS = 3
-SPLIT_STEPS = (
-    10  # steps whose parts are timed; on a GPU each part is waited for, so these are not timed whole
-)
-TRACED_STEPS = 5  # a trace of each step is megabytes; the operators of five are those of a hundred
+# The parts of these steps are timed. On a GPU each part is waited for, so these steps are not timed whole.
+SPLIT_STEPS = 10
+TRACED_STEPS = 5  # the trace of a step takes megabytes, and all steps run the same operators
 PHASES = ("data", "forward", "backward", "optimizer")
 
 COLUMNS = (

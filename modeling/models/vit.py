@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 from modeling.errors import UserError
 from modeling.models.cpu_layers import Dropout, attention
@@ -34,9 +33,7 @@ class Block(nn.Module):
     """One transformer layer: attention, then an MLP, each added to its input. (B, N, D) -> (B, N, D).
 
     Post-norm normalises each sum, as in "Attention is all you need". Pre-norm normalises the inputs of
-    attention and MLP, as in ViT. Stochastic depth (Huang et al.,
-    https://arxiv.org/abs/1603.09382) skips the attention, and the MLP, of an image with probability
-    `drop_path`.
+    attention and MLP, as in ViT.
     """
 
     def __init__(
@@ -49,7 +46,6 @@ class Block(nn.Module):
         pre_norm: bool,
         attention_dropout: float,
         dropout: float,
-        drop_path: float = 0.0,
     ):
         super().__init__()
         self.pre_norm = pre_norm
@@ -62,14 +58,14 @@ class Block(nn.Module):
             Dropout(dropout),
             nn.Linear(mlp_dim, dim),
         )
-        self.drop = nn.Sequential(Dropout(dropout), StochasticDepth(drop_path, mode="row"))
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.pre_norm:
-            x = x + self.drop(self.attention(self.norm1(x)))
-            return x + self.drop(self.mlp(self.norm2(x)))
-        x = self.norm1(x + self.drop(self.attention(x)))
-        return self.norm2(x + self.drop(self.mlp(x)))
+            x = x + self.dropout(self.attention(self.norm1(x)))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.dropout(self.attention(x)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 class SimpleViT(nn.Module):
@@ -80,7 +76,6 @@ class SimpleViT(nn.Module):
     2,497,418.
     mean_pooling: classify from the mean over the patches. There is no class token then.
     embedding_std: the class token and the positions start as draws from N(0, embedding_std**2).
-    drop_path: stochastic depth of the last block. It rises linearly from 0 in the first block.
     UserError: patch_size does not divide image_size, or num_heads does not divide dim.
     """
 
@@ -98,7 +93,6 @@ class SimpleViT(nn.Module):
         pre_norm: bool = False,
         attention_dropout: float = 0.1,
         dropout: float = 0.0,
-        drop_path: float = 0.0,
         head_dropout: float = 0.0,
         mean_pooling: bool = False,
         embedding_std: float = 1.0,
@@ -116,9 +110,8 @@ class SimpleViT(nn.Module):
         # The class token and the positions are learned.
         self.class_token = None if mean_pooling else nn.Parameter(embedding_std * torch.randn(1, 1, dim))
         self.positions = nn.Parameter(embedding_std * torch.randn(1, num_tokens, dim))
-        blocks = []
-        for number in range(depth):
-            block = Block(
+        blocks = [
+            Block(
                 dim=dim,
                 num_heads=num_heads,
                 mlp_dim=mlp_dim,
@@ -126,9 +119,9 @@ class SimpleViT(nn.Module):
                 pre_norm=pre_norm,
                 attention_dropout=attention_dropout,
                 dropout=dropout,
-                drop_path=drop_path * number / max(1, depth - 1),
             )
-            blocks.append(block)
+            for _ in range(depth)
+        ]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(dim)
         self.head_dropout = nn.Dropout(head_dropout)

@@ -1,4 +1,4 @@
-"""Ctrl-C (SIGINT), SIGTERM and SIGUSR1 stop a run: after the same step everywhere, with a saved state."""
+"""Signals stop a run, Ctrl-C for example: after the same step on every process, with a saved state."""
 
 import os
 import signal
