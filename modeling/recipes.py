@@ -125,8 +125,8 @@ TUNED: dict[tuple[str, str], Recipe] = {
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     ),
-    # JPEG CIFAR-10, 45,000 images, bf16, 2 CPU cores, one run: validation 0.7532, test 0.7620. The same with
-    # lr 5e-3 and weight decay 0.01: validation 0.7392. `reference` there: test 0.7032.
+    # JPEG CIFAR-10, 45,000 images, bf16, 2 CPU cores, one run: validation 0.7532, test 0.7590. `reference`
+    # there: test 0.7032. Other tries are in benchmarks/LOG.md.
     ("cnn_small", "small"): Recipe(
         optimizer="adamw",
         lr=3e-3,
