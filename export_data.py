@@ -24,8 +24,8 @@ import torch
 
 from modeling import cli
 from modeling.data import decoding
+from modeling.data.class_names import encode_class
 from modeling.data.division import select_rows
-from modeling.data.folders import encode_class
 from modeling.data.known import default_val_fraction
 from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
 from modeling.errors import UserError

@@ -11,8 +11,8 @@ import torch
 from conftest import assert_refused, call, make_image_folder, scripts
 from PIL import Image
 
+from modeling.data.class_names import encode_class
 from modeling.data.division import select_rows
-from modeling.data.folders import encode_class
 from modeling.data.images import decode
 from modeling.data.sources import load_source
 from modeling.run.lock import Lock

@@ -16,7 +16,8 @@ import torch
 from conftest import call, make_image_folder
 from PIL import Image, features
 
-from modeling.data.folders import SPLITS, decode_class, encode_class
+from modeling.data.class_names import decode_class, encode_class
+from modeling.data.folders import SPLITS
 from modeling.data.sources import Choices, load_source
 from modeling.errors import UserError
 from modeling.files import read_tensors

@@ -8,15 +8,14 @@ import functools
 import hashlib
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 from PIL import Image
 
+from modeling.data.class_names import decode_class
 from modeling.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -54,7 +53,6 @@ _LITTER = {
 _OUTPUTS = {"checkpoints": "*.safetensors", "runs": "*/metrics.jsonl", "traces": "metrics.csv"}
 LISTS = (".parquet", ".csv", ".tsv", ".jsonl")
 NAMED = ("(folder)", "(split)")  # how a kind ends that is left out by name, without a count
-RESERVED_CHARACTERS = '/\\%*?[]<>:"|'
 
 
 @functools.cache
@@ -78,25 +76,9 @@ def split_keyword(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def encode_class(name: str) -> str:
-    """Give the folder name of a class. Characters that paths or patterns cannot hold are percent-encoded.
-
-    A leading dot, underscore or space is encoded too, and an empty name is "%". Example: "a/b" gives "a%2Fb".
-    """
-    encoded = ""
-    for character in name:
-        is_reserved = character in RESERVED_CHARACTERS or ord(character) < 32
-        encoded += quote(character, safe="") if is_reserved else character
-    if encoded.startswith((".", "_", " ")):
-        return f"%{ord(encoded[0]):02X}{encoded[1:]}"
-    return encoded or "%"
-
-
-def decode_class(folder: str) -> str:
-    """Give the class that encode_class named the folder after; any other folder is a class as it is."""
-    name = "" if folder == "%" else unquote(folder)
-    name = name if encode_class(name) == folder else folder
-    return unicodedata.normalize("NFC", name)
+def chosen_splits(train_split: str | None, test_split: str | None) -> dict[str, str]:
+    """Give which split each name is that the user chose with --train-split or --test-split."""
+    return {name: split for name, split in ((train_split, "train"), (test_split, "test")) if name}
 
 
 @dataclass(eq=False)
@@ -210,7 +192,7 @@ def find_splits(root: Node, name: str, train_split: str | None, test_split: str 
     while not root.files and len(root.children) == 1 and _is_wrapper(root.children[0]):
         root = root.children[0]
     children = root.children
-    chosen = {folder: split for folder, split in ((train_split, "train"), (test_split, "test")) if folder}
+    chosen = chosen_splits(train_split, test_split)
     for folder in chosen.keys() - {node.name for node in children}:
         raise UserError(
             f"{name} has no folder {folder!r} with images, only {', '.join(node.name for node in children)}"

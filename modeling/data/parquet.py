@@ -22,7 +22,7 @@ from modeling.data.columns import (
     image_columns,
     is_plain_label,
 )
-from modeling.data.folders import SPLITS, digest_files, split_keyword
+from modeling.data.folders import SPLITS, chosen_splits, digest_files, split_keyword
 from modeling.data.tables import sort_labels
 from modeling.errors import UserError
 
@@ -171,7 +171,7 @@ def _name_splits(
     groups: dict[str, list[str]], name: str, train_split: str | None, test_split: str | None
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Give the files of train, validation and test, and the names of the splits that are left out."""
-    chosen = {given: split for given, split in ((train_split, "train"), (test_split, "test")) if given}
+    chosen = chosen_splits(train_split, test_split)
     for given in chosen.keys() - groups.keys():
         raise UserError(f"{name} has no split {given!r}, only {', '.join(groups)}")
     taken: dict[str, str] = {}
