@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # No test may depend on the network. The tests about it start their own process.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# torch reads the number of threads when it is imported, so our modules come after the lines above.
+# torch reads the number of threads when it is imported, so it comes after the lines above.
+import torch
+
 from modeling import cli, cost, evaluation, profiling, progression
+
+NUM_THREADS = torch.get_num_threads()
 
 cost.MATRIX_SECONDS, cost.MATRIX_SIDE = 0.01, (128, 128)  # profile.py measures it beside each model
 cost.ROUND_SECONDS = 0.01  # evaluate.py times each model; no test looks at the times
@@ -181,6 +186,13 @@ TINY = (
     "--batch-size",
     32,
 )
+
+
+@pytest.fixture(autouse=True)
+def the_same_number_of_threads() -> Iterator[None]:
+    """A script may change it. Sums on another number of threads differ in their last bits."""
+    yield
+    torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.fixture(scope="session")

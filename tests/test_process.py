@@ -55,7 +55,7 @@ def process_state() -> dict:
 @pytest.fixture
 def odd_process():
     """A process with odd settings, which are put back after the test."""
-    threads, generator = torch.get_num_threads(), torch.get_rng_state()
+    generator = torch.get_rng_state()
     os.umask(0o022)
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(2)
@@ -66,7 +66,6 @@ def odd_process():
     yield process_state()
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = False
-    torch.set_num_threads(threads)
     torch.set_rng_state(generator)
     AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -22,7 +22,7 @@ from test_resume import assert_no_step_twice, assert_same_outcome
 
 from modeling.run import resume
 from modeling.run.files import RunFiles
-from modeling.run.launch import check_shared_folder, num_cores
+from modeling.run.launch import check_shared_folder
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 # Runs the script of argv[1] once for each list of arguments in argv[2]; vit_scratch without its dropout.
@@ -202,7 +202,6 @@ def test_evaluation_is_exact_on_any_number_of_images(place, world_size, tmp_path
                 true, predicted, average=name, labels=sorted(set(true)), zero_division=0
             )
             assert float(row[f"{name}_f1"]) == pytest.approx(expected, abs=1e-9)
-    torch.set_num_threads(num_cores())
 
 
 # ---- stopped and resumed -------------------------------------------------------------------------

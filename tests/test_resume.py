@@ -21,7 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modeling import engine, files
 from modeling.errors import UserError
 from modeling.run import checkpoint, resume, state, tracking
-from modeling.run.launch import num_cores
 
 IMAGES = DATA / "cifar10" if (DATA / "cifar10").is_dir() else "digits"
 SMALL = ("--recipe", "reference", "--dataset", IMAGES, "--limit-train", 100, "--limit-eval", 40)
@@ -292,7 +291,6 @@ def test_what_may_differ_when_resuming(references, tmp_path):
     shutil.copytree(references("plain"), tmp_path, dirs_exist_ok=True)
     flags = ("--num-workers", 1, "--num-threads", 1, "--checkpoint-every", 5, "--resume")
     assert call("train", *RUNS["plain"], "--output-dir", tmp_path, *flags).status == 0
-    torch.set_num_threads(num_cores())
     for flag, word in (
         (("--seed", 1), "seed 42 -> 1"),
         (("--limit-train", 99), "limit_train 100 -> 99"),

@@ -161,17 +161,13 @@ def test_one_thread_under_the_launcher_is_nobodys_choice(monkeypatch):
         make_accelerator(mixed_precision=args.mixed_precision, num_threads=args.num_threads)
         return torch.get_num_threads()
 
-    try:
-        assert threads() == num_cores()
-        assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == num_cores()
-        assert threads(OMP_NUM_THREADS="1") == 7, (
-            "without the launcher it is the user's, and torch's since it was imported"
-        )
-        assert threads(OMP_NUM_THREADS="7", ACCELERATE_MIXED_PRECISION="no") == 7
-        assert threads("--num-threads", "3", OMP_NUM_THREADS="7") == 3
-    finally:
-        monkeypatch.undo()
-        torch.set_num_threads(num_cores())
+    assert threads() == num_cores()
+    assert threads(OMP_NUM_THREADS="1", ACCELERATE_MIXED_PRECISION="no") == num_cores()
+    assert threads(OMP_NUM_THREADS="1") == 7, (
+        "without the launcher it is the user's, and torch's since it was imported"
+    )
+    assert threads(OMP_NUM_THREADS="7", ACCELERATE_MIXED_PRECISION="no") == 7
+    assert threads("--num-threads", "3", OMP_NUM_THREADS="7") == 3
 
 
 def test_the_launchers_precision_is_the_default(monkeypatch):
