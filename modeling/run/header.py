@@ -122,15 +122,22 @@ def validate_reading(read: Any) -> None:
     require(is_chosen, "dataset.read.choices must be texts or null")
 
 
+# The values that torch.amp.GradScaler saves.
+SCALER_NAMES = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
 def validate_state(header: dict[str, Any], position_names: set[str]) -> None:
     """Check the header of a state to resume from. UserError: says which field is wrong."""
-    names = {"launcher", "position", "arguments", "optimizer", "ema_updates", "scaler"}
+    names = {"launcher", "position", "arguments", "versions", "optimizer", "ema_updates", "scaler"}
     require(isinstance(header, dict) and header.keys() >= names, f"it must have {', '.join(sorted(names))}")
-    for name in ("position", "arguments", "optimizer"):
+    for name in ("position", "arguments", "versions", "optimizer"):
         require(isinstance(header[name], dict), f"{name} must be an object")
-    require(
-        header["scaler"] is None or isinstance(header["scaler"], dict), "scaler must be an object or null"
-    )
+    require(all(map(is_text, header["versions"].values())), "versions must be texts")
+    scaler = header["scaler"]
+    require(scaler is None or isinstance(scaler, dict), "scaler must be an object or null")
+    if scaler:  # a scaler that is turned off saves {}
+        require(scaler.keys() == SCALER_NAMES, f"scaler must have {', '.join(sorted(SCALER_NAMES))}")
+        require(all(map(is_number, scaler.values())), "scaler's values must be numbers")
     require(is_int(header["ema_updates"], 0), "ema_updates must be a number of steps")
     require(is_text(header["arguments"].get("optimizer"), 1), "arguments.optimizer must be text")
     for number, values in header["optimizer"].items():
