@@ -229,7 +229,7 @@ class Material:
             arguments=arguments,
             versions={},
         )
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             restored = states.restore(force=False)
         if restored is None:
             return "passed over"

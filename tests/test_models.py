@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from modeling import models, recipes
+from modeling.errors import UserError
 from modeling.models.backbones import ViTLinearProbe
 from modeling.models.cpu_layers import Dropout
+from modeling.models.tensors import head_keys
 from modeling.models.vit import Block, SimpleViT
 from modeling.optim import build_optimizer
 
@@ -76,6 +78,19 @@ def test_sizes_that_do_not_fit_are_refused():
         )
     with pytest.raises(ValueError, match="vit cannot take image size 8"):
         models.build_model("vit", num_classes=10, image_size=8)
+    with pytest.raises(UserError, match="gemma4_vit_167m_enc cannot be built as a classifier"):
+        models.build_empty_model(
+            1000, {"name": "timm/gemma4_vit_167m_enc", "num_classes": 10, "image_size": 224}
+        )
+
+
+def test_both_heads_of_a_distilled_model_are_known():
+    with torch.device("meta"):
+        keys = head_keys(timm.create_model("levit_384_s8"))
+    assert [key for key in keys if key.endswith("weight")] == [
+        "head.linear.weight",
+        "head_dist.linear.weight",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1000, 1001), (7, 3, 11)])

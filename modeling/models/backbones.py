@@ -81,6 +81,8 @@ def create_backbone(
     except UserError:
         raise
     except Exception as error:  # timm's models raise whatever their code comes across
+        if isinstance(error, TypeError) and not timm_args:  # such as an encoder, which takes no drop_rate
+            raise UserError(f"{model} cannot be built as a classifier: {error}") from error
         what = f" with {timm_args}" if timm_args else ""
         raise UserError(f"{model} cannot take image size {image_size}{what}: {error}") from error
     finally:

@@ -45,6 +45,8 @@ def head_keys(model: nn.Module) -> list[str]:
         or [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
     )
     heads = (heads,) if isinstance(heads, str) else heads
+    # timm's record of levit_384_s8 names only one of its two heads.
+    heads = (*heads, "head_dist.linear") if hasattr(model, "head_dist") else heads
     return [key for key in model.state_dict() if key.startswith(tuple(f"{head}." for head in heads))]
 
 
