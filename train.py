@@ -66,7 +66,7 @@ def build_parser() -> cli.Parser:
     add = parser.add_argument_group("recipe (defaults are the recipe's; 0 is off)").add_argument
     add("--recipe", choices=("tuned", "reference"), default="tuned", help="(default: tuned, our best)")
     add("--max-steps", type=cli.POSITIVE_INT, help="number of updates; overrides --epochs (default: not set)")
-    add("--optimizer", choices=("adam", "adamw", "sgd"), help="sgd has momentum 0.9")
+    add("--optimizer", choices=("adam", "adamw", "sgd", "muon"), help="see docs/models.md, Optimizers")
     add("--weight-decay", type=cli.NON_NEGATIVE, help="the optimizer's weight decay")
     add("--warmup-epochs", type=cli.EPOCHS, help="epochs of linear warm-up of the learning rate")
     add("--augment", choices=AUGMENT_SETS, help="random changes of each training image")

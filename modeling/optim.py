@@ -9,7 +9,12 @@ from torch import nn
 
 
 def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Build adam, adamw or sgd (momentum 0.9) for the trainable parameters. All use torch's fused kernels."""
+    """Build adam, adamw, sgd (momentum 0.9) or muon for the trainable parameters.
+
+    All but muon use torch's fused kernels.
+    """
+    if name == "muon":
+        return Muon(model, lr=lr, weight_decay=weight_decay)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
@@ -23,6 +28,68 @@ def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: flo
         return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
     assert name == "adamw", name
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the hidden weight matrices, AdamW for all other parameters, both with one learning rate.
+
+    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the
+    nearest matrix whose singular values are all about 1. So a step moves every direction equally far. A
+    filter (out, in, H, W) counts as a matrix (out, in * H * W). The update is scaled to the size of one of
+    AdamW's, as in Liu et al., https://arxiv.org/abs/2502.16982. Weight decay is AdamW's.
+
+    Not hidden are the first layer (3 input channels), the last one, and embeddings. AdamW updates these.
+    """
+
+    MOMENTUM, BETAS, EPS = 0.9, (0.9, 0.95), 1e-8
+
+    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float):
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        matrices = [p for p in parameters if p.ndim in (2, 4) and p.shape[1] != 3]
+        self.hidden = set(matrices[:-1])
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                update = self._muon if parameter in self.hidden else self._adam
+                parameter.add_(update(parameter.grad, state), alpha=-group["lr"])
+
+    def _muon(self, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        momentum = state["momentum_buffer"].mul_(self.MOMENTUM).add_(gradient)
+        ahead = gradient.add(momentum, alpha=self.MOMENTUM).flatten(1)  # Nesterov's
+        return orthogonalize(ahead).mul_(0.2 * max(ahead.shape) ** 0.5).reshape(gradient.shape)
+
+    def _adam(self, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        step = state["step"].add_(1).item()
+        mean = state["exp_avg"].lerp_(gradient, 1 - self.BETAS[0])
+        square = state["exp_avg_sq"].mul_(self.BETAS[1]).addcmul_(gradient, gradient, value=1 - self.BETAS[1])
+        deviation = (square / (1 - self.BETAS[1] ** step)).sqrt_().add_(self.EPS)
+        return (mean / (1 - self.BETAS[0] ** step)).div_(deviation)
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of a matrix (M, N) near 1 (0.7 to 1.2), by Newton-Schulz iterations.
+
+    The coefficients are those of Jordan et al. They make small singular values grow fast. In float32, because
+    in bfloat16 runs on different numbers of processes would differ.
+    """
+    X = matrix.float() if matrix.shape[0] <= matrix.shape[1] else matrix.float().T
+    X = X / (X.norm() + 1e-7)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X if matrix.shape[0] <= matrix.shape[1] else X.T
 
 
 def learning_rate(

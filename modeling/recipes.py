@@ -73,6 +73,20 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         augment="randaugment",
         model_args={**_CNN_SMALL, "hidden": 256},
     ),
+    # This project's own model, so both recipes are one.
+    ("cnn_fast", "any"): Recipe(
+        optimizer="muon",
+        lr=0.02,
+        weight_decay=1.0,
+        schedule="cosine",
+        warmup_epochs=0.5,
+        epochs=6,
+        batch_size=1000,
+        augment="crop",
+        label_smoothing=0.2,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    ),
     # CIFAR-10 notebook, ImageNet weights, 224 px: 0.8763 after 3 epochs.
     ("resnet18", "any"): Recipe(optimizer="adam", lr=1e-3, epochs=3, batch_size=64),
     # STL-10 notebook: linear probe, 20 epochs, no accuracy published.

@@ -13,6 +13,7 @@ from modeling import models, randomness, recipes
 from modeling.data.division import division_digest, select_rows
 from modeling.data.images import Images, count_duplicates, decode, native_size
 from modeling.data.known import default_val_fraction, is_stl10
+from modeling.data.resize import Preprocessing, preprocess
 from modeling.data.sources import Choices, Source, load_source
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
 from modeling.errors import UserError
@@ -24,6 +25,8 @@ from modeling.run import checkpoint
 from modeling.run.files import RunFiles
 from modeling.run.launch import check_agreement, check_shared_folder, precision_text
 from modeling.settings import MAY_DIFFER, Settings, resolve
+
+NUM_FIRST_PIXELS = 5000 * 32**2  # of the images that determine the first layer of cnn_fast
 
 
 def load_images(
@@ -75,6 +78,12 @@ def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
 def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
     """The input side of a model from scratch: the images' own. Reference recipes on STL-10 have 224 px."""
     return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
+
+
+def first_inputs(images: Images, preprocessing: Preprocessing) -> torch.Tensor:
+    """The first training images, as at evaluation: (N, 3, S, S) float. A layer is computed from them."""
+    count = min(len(images), max(1, NUM_FIRST_PIXELS // preprocessing.image_size**2))
+    return preprocess(*images.gather(torch.arange(count)), preprocessing)
 
 
 def list_skipped(run: "Run") -> None:
@@ -151,6 +160,9 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     use_deterministic_algorithms(flags["deterministic"])
     torch.manual_seed(randomness.seed(flags["seed"], randomness.INIT))
     raw_model = models.build_model(**model_args, weights=weights)
+    preprocessing = models.preprocessing(flags["model"], recipe, image_size, weights)
+    if isinstance(raw_model, models.CNNFast) and not weights.path:
+        raw_model.whiten(first_inputs(images["train"], preprocessing))
 
     # Settings: the flags become one frozen object. The training loop reads only this.
     settings = resolve(
@@ -171,7 +183,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
             "give at least one image for each"
         )
     step_settings = StepSettings(
-        preprocessing=models.preprocessing(flags["model"], recipe, image_size, weights),
+        preprocessing=preprocessing,
         augment=settings.augment,
         label_smoothing=settings.label_smoothing,
         mixup=settings.mixup,

@@ -383,7 +383,7 @@ def test_the_step_gives_the_norm_of_the_gradient_before_it_is_clipped(accelerato
     assert norm(scaled(2.0**10)) == pytest.approx(norm(accelerator), rel=1e-2)  # the loss is scaled, not this
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "muon"])
 def test_a_first_step_that_fp16_skips_leaves_the_optimizer_as_new(images, scaled, name):
     """Two steps that overflow, then real ones: the weights are those of a run without the skipped steps."""
 

@@ -30,6 +30,7 @@ def build(name, size, recipe="reference", num_classes=10, **kwargs):
         ("cnn", 224, 6_799_882, 6_799_882),
         ("cnn_small", 32, 545_098, 545_098),
         ("cnn_small", 224, 51_402_442, 51_402_442),
+        ("cnn_fast", 32, 1_972_792, 1_971_352),
         ("vit_scratch", 32, 1_205_898, 1_205_898),
         ("vit_scratch", 224, 2_497_418, 2_497_418),
         ("vit", 224, 5_526_346, 1_930),
@@ -39,6 +40,20 @@ def build(name, size, recipe="reference", num_classes=10, **kwargs):
 )
 def test_parameter_counts(name, size, total, trainable):
     assert models.count_parameters(build(name, size)) == (total, trainable)
+
+
+def test_cnn_fasts_first_layer_has_uncorrelated_outputs_of_variance_one():
+    torch.manual_seed(0)
+    images = torch.randn(40, 3, 20, 20)
+    images[:, 1] += images[:, 0]
+    images[:, :, 1:] += 2 * images[:, :, :-1]
+    model = build("cnn_fast", 20)
+    model.whiten(images)
+    with torch.no_grad():
+        outputs = model.whitening(images).transpose(0, 1).flatten(1).double()  # (24, N)
+    products = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    torch.testing.assert_close(products, torch.eye(12, dtype=torch.float64), rtol=0, atol=0.02)
+    torch.testing.assert_close(outputs[12:], -outputs[:12])
 
 
 @pytest.mark.parametrize(
@@ -60,7 +75,7 @@ def test_any_timm_model():
 
 def test_an_unknown_model_lists_the_choices():
     with pytest.raises(
-        ValueError, match="'vgg'.*cnn, cnn_small, vit_scratch, resnet18, vit, deit, or timm/NAME"
+        ValueError, match="'vgg'.*cnn, cnn_small, cnn_fast, vit_scratch, resnet18, vit, deit, or timm/NAME"
     ):
         models.build_model("vgg", num_classes=10, image_size=32)
 

@@ -53,6 +53,7 @@ RUNS = {
         0.9,
     ),
     "batch normalisation": ("--model", "cnn", *SMALL, "--image-size", 32, "--augment", "light", "--ema", 0.9),
+    "Muon": ("--model", "cnn_fast", *SMALL, "--image-size", 32, "--ema", 0.9),
     "attention dropout": ("--model", "vit_scratch", *SMALL, "--patch-size", 8),
     "probe": ("--model", "vit", "--weights", "none", *SMALL, "--image-size", 32, "--augment", "none"),
     "max-steps, early stop, loss": (

@@ -320,7 +320,7 @@ def test_sanity_check_overfits_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", ["cnn", "cnn_small", "vit_scratch", "vit", "deit", "resnet18", "timm/resnet10t"]
+    "model", ["cnn", "cnn_small", "cnn_fast", "vit_scratch", "vit", "deit", "resnet18", "timm/resnet10t"]
 )
 def test_each_model_overfits_real_images(model, cifar10):
     flags = [
@@ -336,6 +336,21 @@ def test_each_model_overfits_real_images(model, cifar10):
     ]
     result = call("train", *flags, "--num-batches", 5, "--batch-size", 8, "--limit-train", 500)
     assert result.status == 0, result.out + result.err
+
+
+def test_the_first_layer_of_cnn_fast_comes_from_the_training_images_and_not_from_the_seed(tmp_path):
+    def first_layer(name: str, *flags) -> torch.Tensor:
+        flags = ("--dataset", "digits", "--image-size", 32, "--limit-eval", 40, "--max-steps", 1, *flags)
+        result = call("train", "--model", "cnn_fast", *flags, "--output-dir", tmp_path / name)
+        assert result.status == 0, result.err
+        path = tmp_path / name / "checkpoints" / "cnn_fast_final.safetensors"
+        return safetensors.torch.load_file(path)["whitening.weight"]
+
+    one = first_layer("one", "--limit-train", 200)
+    assert not torch.equal(one, first_layer("two", "--limit-train", 100))
+    path = tmp_path / "one" / "checkpoints" / "cnn_fast_final.safetensors"
+    again = first_layer("three", "--limit-train", 100, "--seed", 1, "--weights", path)
+    assert torch.equal(one, again), "given weights are kept"
 
 
 def test_vit_scratch_learns_at_224_pixels(cifar10):

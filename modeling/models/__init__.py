@@ -16,13 +16,14 @@ from modeling.errors import UserError
 from modeling.models import backbones
 from modeling.models.backbones import ViTLinearProbe
 from modeling.models.cnn import SimpleCNN
+from modeling.models.cnn_fast import CNNFast
 from modeling.models.layout import set_memory_layout
 from modeling.models.tensors import load_state, read_state
 from modeling.models.vit import SimpleViT
 from modeling.models.weights import Weights, locate_weights, read_weights
 from modeling.run.header import MAX_IMAGE_SIZE
 
-FROM_SCRATCH = {"cnn": SimpleCNN, "cnn_small": SimpleCNN, "vit_scratch": SimpleViT}
+FROM_SCRATCH = {"cnn": SimpleCNN, "cnn_small": SimpleCNN, "cnn_fast": CNNFast, "vit_scratch": SimpleViT}
 PRETRAINED = {
     "resnet18": functools.partial(backbones.create_backbone, "resnet18"),
     "vit": ViTLinearProbe,

@@ -161,7 +161,7 @@ class States:
         updates = _changes(header["versions"], self.versions)
         if updates:
             print(f"Other versions than when the state was saved: {', '.join(updates.values())}")
-        if (saved["optimizer"] == "sgd") != (wanted["optimizer"] == "sgd"):
+        if saved["optimizer"].removesuffix("w") != wanted["optimizer"].removesuffix("w"):  # adam, adamw
             raise UserError(
                 f"{path} belongs to another optimizer: {wanted['optimizer']} cannot continue "
                 f"from {saved['optimizer']}"

@@ -1,0 +1,85 @@
+"""CNNFast: a CNN that learns most in its first minutes. Its ideas are those of the CIFAR-10 speed records."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from modeling.errors import UserError
+
+SMALLEST_SIDE = 17  # pixels: three halvings leave two
+WHITENING_EPS = 5e-4
+
+
+class CNNFast(nn.Module):
+    """A whitening convolution, three blocks, the maximum over all positions, and a linear layer.
+
+    Takes (B, 3, S, S) float, gives logits (B, num_classes). S is at least 17.
+
+    The first convolution is not trained. `whiten` sets it, so that its outputs are uncorrelated over the
+    patches of the training images. Each block is [Conv 3x3, MaxPool 2, BatchNorm, ReLU, Conv 3x3, BatchNorm,
+    ReLU]. The normalisations have no trained scale, and they follow the newest batches closely. A block's
+    filters begin as the identity. After Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU,
+    https://arxiv.org/abs/2404.00498. UserError: the image is smaller than 17 pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        image_size: int = 32,
+        channels: tuple[int, int, int] = (64, 256, 256),
+        patch: int = 2,
+    ):
+        super().__init__()
+        if image_size < SMALLEST_SIDE:
+            raise UserError(f"image size {image_size} is too small for cnn_fast: use {SMALLEST_SIDE}")
+        num_filters = 2 * 3 * patch**2  # each filter and its negative
+        self.whitening = nn.Conv2d(3, num_filters, patch)
+        self.whitening.weight.requires_grad_(False)
+        nn.init.zeros_(self.whitening.bias)
+        widths = (num_filters, *channels)
+        self.blocks = nn.Sequential(*(_block(*pair) for pair in zip(widths, channels, strict=False)))
+        self.head = nn.Linear(channels[-1], num_classes, bias=False)
+        nn.init.normal_(self.head.weight, std=channels[-1] ** -0.5)
+
+    @torch.no_grad()
+    def whiten(self, images: torch.Tensor) -> None:
+        """Set the first convolution from normalised training images (N, 3, S, S)."""
+        weight = self.whitening.weight
+        products, count = torch.zeros(weight[0].numel(), weight[0].numel(), dtype=torch.float64), 0
+        for part in images.split(500):
+            patches = F.unfold(part.double(), weight.shape[-1]).transpose(1, 2).flatten(0, 1)
+            products += patches.T @ patches
+            count += len(patches)
+        variances, directions = torch.linalg.eigh(products / count)
+        filters = directions.T / (variances[:, None] + WHITENING_EPS).sqrt()
+        weight.copy_(torch.cat([filters, -filters]).reshape(weight.shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.whitening(x)))  # (B, C, S // 8, S // 8)
+        x = x.amax(dim=(2, 3))  # (B, C)
+        return self.head(x) * self.head.in_features**-0.5  # (B, num_classes)
+
+
+def _block(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        _convolution(in_channels, out_channels),
+        nn.MaxPool2d(2),
+        _normalization(out_channels),
+        nn.ReLU(inplace=True),
+        _convolution(out_channels, out_channels),
+        _normalization(out_channels),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight.data[:in_channels])
+    return convolution
+
+
+def _normalization(channels: int) -> nn.BatchNorm2d:
+    normalization = nn.BatchNorm2d(channels, momentum=0.4)
+    normalization.weight.requires_grad_(False)
+    return normalization
