@@ -66,6 +66,10 @@ RESULTS = [
         flags="--models cnn --recipe tuned --dataset FOLDER --mixed-precision bf16",
     ),
     Result(
+        name="cnn_fast-tuned",
+        flags="--models cnn_fast --recipe tuned --dataset FOLDER --mixed-precision bf16",
+    ),
+    Result(
         name="cnn_small-224",
         flags="--models cnn_small --recipe reference --dataset cifar10 --image-size 224",
         needs=GPU,

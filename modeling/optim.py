@@ -38,16 +38,18 @@ class Muon(torch.optim.Optimizer):
     filter (out, in, H, W) counts as a matrix (out, in * H * W). The update is scaled to the size of one of
     AdamW's, as in Liu et al., https://arxiv.org/abs/2502.16982. Weight decay is AdamW's.
 
-    Not hidden are the first layer (3 input channels), the last one, and embeddings. AdamW updates these.
+    Not hidden are the first layer (3 input channels), the last one, and embeddings. AdamW updates these, and
+    matrices of more than LARGEST numbers, because Muon's products would take longer than the rest of a step.
     """
 
+    LARGEST = 2**22
     MOMENTUM, BETAS, EPS = 0.9, (0.9, 0.95), 1e-8
 
     def __init__(self, model: nn.Module, *, lr: float, weight_decay: float):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
         matrices = [p for p in parameters if p.ndim in (2, 4) and p.shape[1] != 3]
-        self.hidden = set(matrices[:-1])
+        self.hidden = {matrix for matrix in matrices[:-1] if matrix.numel() <= self.LARGEST}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -336,7 +336,7 @@ def test_tuned_recipes_keep_the_epochs_and_the_parameters_of_the_reference():
             assert tuned.epochs == reference.epochs
             assert tuned.feature_views == (4 if name == "vit" else 0)
             if name == "cnn" or (name in ("cnn_small", "vit_scratch") and size < 128):
-                assert (tuned.optimizer, tuned.schedule, tuned.augment) == ("adamw", "cosine", "crop")
+                assert (tuned.optimizer, tuned.schedule, tuned.augment) == ("muon", "cosine", "crop")
             else:
                 assert dataclasses.replace(tuned, feature_views=0) == reference
     for name in ("cnn", "cnn_small", "vit_scratch"):
