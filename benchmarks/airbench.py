@@ -4,9 +4,10 @@
     python benchmarks/airbench.py --airbench cifar10-airbench/airbench94_muon.py --data FOLDER --runs 2
 
 FOLDER is a copy of CIFAR-10, as train.py takes it as --dataset. airbench is changed in a few places only: CPU
-for GPU, bfloat16 for half, no compilation, its own copy of the images. Both train on the training images
+for GPU, bfloat16 for half, no compilation, and the images of FOLDER. Both train on the training images
 (cnn_fast on all but 100, which it validates on) and are judged on the test images, without test-time
-augmentation. Seconds are those of training, without decoding and without judging. Each line is one run.
+augmentation. Decoding and the final test do not count as time. airbench's time is its own timer's: steps and
+whitening. The time of cnn_fast is train.py's clock, which also counts checkpoints, logs and validation.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def run_airbench(script: Path, folder: Path) -> tuple[float, float]:
         code = code.replace(old, new)
     (folder / "ported.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "ported.py"], cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "ported.py"], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
     )
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if re.match(r"\|[^|]*\|\s+\d+ ", line)]
     return float(rows[-1][3]), float(rows[-1][5])
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--airbench", type=Path, help="airbench94_muon.py (default: run cnn_fast alone)")
     parser.add_argument("--data", type=Path, required=True, help="a copy of CIFAR-10")
-    parser.add_argument("--runs", type=int, default=1, help="of each (default: 1)")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each model (default: 1)")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: further flags of train.py")
     args = parser.parse_args(argv)
     flags = [flag for flag in args.flags if flag != "--"]

@@ -46,7 +46,7 @@ SMALL = "test_ atto femto pico nano tiny xxs xs _s lite 050 b0 mini micro 18 14 
 
 
 def image_side(name: str) -> int:
-    """The model's own image size. It is less for the few large ones that also take smaller images."""
+    """The model's own image size, but at most MAX_SIDE if it also takes other sizes."""
     side = models.find_weights(f"timm/{name}").preprocessing.image_size
     return side if timm.get_pretrained_cfg(name).fixed_input_size else min(side, MAX_SIDE)
 

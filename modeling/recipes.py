@@ -45,8 +45,8 @@ class Recipe:
 
 _CNN_SMALL = dict(channels=(32, 64), batch_norm=False, pool=None, kaiming=False, head_dropout=0.0)
 
-# The keys are (model, image size), where the size is "small", "large" or "any". The accuracies below are the
-# notebooks'. Ours are in README.md, "Results".
+# The keys are (model, image size), where the size is "small", "large" or "any". The accuracies in REFERENCE
+# are the notebooks', those in TUNED are ours.
 REFERENCE: dict[tuple[str, str], Recipe] = {
     # SimpleCNN, STL-10 notebook: 20 epochs, no accuracy published.
     ("cnn", "any"): Recipe(
@@ -73,7 +73,7 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         augment="randaugment",
         model_args={**_CNN_SMALL, "hidden": 256},
     ),
-    # This project's own model, so both recipes are one.
+    # No notebook has this model, so both recipes are one.
     ("cnn_fast", "any"): Recipe(
         optimizer="muon",
         lr=0.02,

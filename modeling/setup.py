@@ -26,7 +26,7 @@ from modeling.run.files import RunFiles
 from modeling.run.launch import check_agreement, check_shared_folder, precision_text
 from modeling.settings import MAY_DIFFER, Settings, resolve
 
-NUM_FIRST_PIXELS = 5000 * 32**2  # of the images that determine the first layer of cnn_fast
+WHITENING_PIXELS = 5000 * 32**2  # the first layer of cnn_fast is computed from images of so many pixels
 
 
 def load_images(
@@ -80,10 +80,12 @@ def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
     return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
 
 
-def first_inputs(images: Images, preprocessing: Preprocessing) -> torch.Tensor:
-    """The first training images, as at evaluation: (N, 3, S, S) float. A layer is computed from them."""
-    count = min(len(images), max(1, NUM_FIRST_PIXELS // preprocessing.image_size**2))
-    return preprocess(*images.gather(torch.arange(count)), preprocessing)
+def whitening_images(images: Images, preprocessing: Preprocessing) -> torch.Tensor:
+    """Training images at equal distances, preprocessed as in evaluation: (N, 3, S, S) float."""
+    count = min(len(images), max(1, WHITENING_PIXELS // preprocessing.image_size**2))
+    chosen = torch.arange(count) * len(images) // count
+    parts = (images.gather(part) for part in chosen.split(256))
+    return torch.cat([preprocess(pixels, sizes, preprocessing) for pixels, sizes in parts])
 
 
 def list_skipped(run: "Run") -> None:
@@ -162,7 +164,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     raw_model = models.build_model(**model_args, weights=weights)
     preprocessing = models.preprocessing(flags["model"], recipe, image_size, weights)
     if isinstance(raw_model, models.CNNFast) and not weights.path:
-        raw_model.whiten(first_inputs(images["train"], preprocessing))
+        raw_model.whiten(whitening_images(images["train"], preprocessing))
 
     # Settings: the flags become one frozen object. The training loop reads only this.
     settings = resolve(

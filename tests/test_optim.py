@@ -50,10 +50,12 @@ def test_each_parameter_moves_as_torchs_own_optimizers_move_it():
         muon.step()
         adamw.step()
         theirs[2].weight.data.copy_(filters.data.view_as(theirs[2].weight))
-    for name, value in ours.state_dict().items():
+    start = small_model().state_dict()
+    for name, value in ours.named_parameters():
+        moved, expected = value - start[name], theirs.state_dict()[name] - start[name]
         # torch's Muon orthogonalises in bfloat16
-        tolerance = 5e-3 if name in ("2.weight", "4.weight") else 1e-6
-        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=tolerance)
+        tolerance = 0.03 if name in ("2.weight", "4.weight") else 1e-4
+        assert (moved - expected).norm() <= tolerance * expected.norm(), name
 
 
 def test_memory_layout_changes_nothing_and_the_state_continues():

@@ -80,7 +80,7 @@ def _weights(
 
 
 @contextlib.contextmanager
-def _all_bits_of_float32():
+def all_bits_of_float32():
     """Turn TF32 off inside the block. TF32 has 11 bits of precision, and the sums here need 24."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -119,7 +119,7 @@ def resample(
         return x.clamp_(0, 255) if interpolation == "bicubic" else x  # bicubic can overshoot
 
     lines = images.permute(0, 2, 1, 3).float().contiguous()
-    with _all_bits_of_float32():
+    with all_bits_of_float32():
         out = whole(lines.view(B, H * C, W) @ cols.transpose(1, 2))  # (B, H * C, S)
         out = whole(rows @ out.view(B, H, C * size))  # (B, S, C * S)
     return out.view(B, size, C, size).permute(0, 2, 1, 3)
