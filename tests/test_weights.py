@@ -1,6 +1,7 @@
 """What is recorded of weights is used whole or refused: config.json, our own headers, prefixes, positions."""
 
 import json
+import math
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ from modeling import models
 from modeling.errors import UserError
 from modeling.files import read_tensors
 from modeling.models.layout import set_memory_layout
+from modeling.models.tensors import read_state
 from modeling.models.vit import SimpleViT
 from modeling.run import checkpoint
 
@@ -186,3 +188,13 @@ def test_a_convolution_that_skips_pixels_stays_contiguous():
         torch.nn.Sequential(torch.nn.Conv2d(64, 8, 1, stride=2), torch.nn.Conv2d(3, 8, 3))
     )
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def test_only_scalars_may_be_infinite(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file({"bound": torch.tensor(math.inf), "weight": torch.ones(2)}, path)
+    assert read_state(path)["bound"] == math.inf
+    for bad in ({"bound": torch.tensor(math.nan)}, {"weight": torch.tensor([1.0, math.inf])}):
+        safetensors.torch.save_file(bad, path)
+        with pytest.raises(UserError, match="NaN or infinite"):
+            read_state(path)

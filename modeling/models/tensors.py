@@ -23,7 +23,9 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     if HEADER_KEY in metadata:
         check_digest(state, parse_header(metadata[HEADER_KEY], path), path)
     for name, value in state.items():
-        if value.is_floating_point() and not value.float().isfinite().all():
+        # A scalar may be infinite: timm's gemma4_vit has bounds that are.
+        is_bound = value.dim() == 0 and not value.isnan()
+        if value.is_floating_point() and not is_bound and not value.float().isfinite().all():
             raise UserError(f"{path} holds NaN or infinite numbers in {name}: choose other weights")
     return state
 
