@@ -42,7 +42,7 @@ def begin(
     """Start a command that writes to `folder`. `before` is called in the new process, before the command."""
     launch = [sys.executable]
     if processes > 1:
-        launch += f"-m torch.distributed.run --nproc-per-node={processes} --master-port=0".split()
+        launch += f"-m torch.distributed.run --standalone --nproc-per-node={processes}".split()
     argv = [*launch, *command.split(), "--output-dir", str(folder)]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
