@@ -210,10 +210,15 @@ def two_owners() -> str:
 
 
 def cpu_quota() -> str:
-    group, folder = Path("/sys/fs/cgroup/faults"), new_folder()
+    root, folder = Path("/sys/fs/cgroup"), new_folder()
+    is_version_2 = (root / "cgroup.controllers").exists()
+    group = root / ("faults" if is_version_2 else "cpu/faults")
     group.mkdir()
     try:
-        (group / "cpu.max").write_text("50000 100000")
+        if is_version_2:
+            (group / "cpu.max").write_text("50000 100000")
+        else:  # the period is 100,000 microseconds
+            (group / "cpu.cfs_quota_us").write_text("50000")
         succeeds(TRAIN, folder, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid())))
     finally:
         group.rmdir()
