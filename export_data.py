@@ -136,7 +136,7 @@ def _export(
             path.unlink()  # a killed export has left it
     # If the export is stopped, this incomplete manifest stays. The next call then finishes the export.
     if not (output_dir / MANIFEST).exists():
-        write_text(output_dir / MANIFEST, json.dumps({**settings, "complete": False}, indent=1))
+        write_text(output_dir / MANIFEST, json.dumps(settings | {"complete": False}, indent=1))
     folders = settings["classes"]
     files: dict[str, str] = {}
     counts: dict[str, dict[str, int]] = {}
@@ -167,8 +167,7 @@ def _export(
             f"{output_dir} holds {len(stale)} files that this export did not write, "
             f"such as {stale[0]}: remove them"
         )
-    manifest = {
-        **settings,
+    manifest = settings | {
         "complete": True,
         "read": source.to_json(),
         "counts": counts,

@@ -116,10 +116,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{contender:9} run {seed}: test accuracy {accuracy:.4f}, {seconds:.0f} s", flush=True)
     for contender, pairs in results.items():
         accuracies, seconds = zip(*pairs, strict=True)
-        deviation = statistics.stdev(accuracies) if len(pairs) > 1 else 0.0
+        deviation = f", deviation {statistics.stdev(accuracies):.4f}" if len(pairs) > 1 else ""
         print(
-            f"{contender:9} {len(pairs)} runs: mean {statistics.mean(accuracies):.4f}, "
-            f"deviation {deviation:.4f}, median {statistics.median(seconds):.0f} s"
+            f"{contender:9} {len(pairs)} runs: mean {statistics.mean(accuracies):.4f}{deviation}, "
+            f"median {statistics.median(seconds):.0f} s"
         )
 
 

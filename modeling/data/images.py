@@ -117,7 +117,7 @@ def decode(
     not exist. Fewer images, and images of a dataset that is in memory, are decoded into memory. A store of
     more than store_limit bytes is not built: its images are decoded each time they are used. Large images
     are shrunk to a short side of KEEP_SHORT_SIDE, or 8/7 of image_size if that is more, and a long side of
-    three times that. progress(total, description) gives a context with update(n).
+    three times that. progress(total, description, everywhere=...) gives a context with update(n).
 
     UserError: an image cannot be decoded. With skip_bad_images such images are left out instead; they are
     listed in Images.skipped.
@@ -126,9 +126,10 @@ def decode(
     encoded, num_images = source.encoded(split), len(source.splits[split])
 
     def read(
-        how: Callable, wanted: Sequence[int], description: str = "decoding", **options: bool
+        how: Callable, wanted: Sequence[int], description: str = "decoding", everywhere: bool = False
     ) -> Iterator[Any]:
-        with progress(len(wanted), description, **options) if progress else contextlib.nullcontext() as bar:
+        shown = progress(len(wanted), description, everywhere=everywhere) if progress else None
+        with shown or contextlib.nullcontext() as bar:
             for result in encoded.map(how, wanted, num_workers):
                 yield result
                 if bar:
