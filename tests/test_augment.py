@@ -17,6 +17,7 @@ from modeling.data.augment import (
     color_jitter,
     padded_crop,
     random_crop_boxes,
+    reflected_shift,
     rotate,
 )
 from modeling.data.randaugment import _RANDAUGMENT, _randaugment_ops, randaugment
@@ -155,6 +156,26 @@ def test_crop_is_a_flip_and_a_padded_crop_pixel_by_pixel():
         assert torch.equal(mine, expected.int())
 
 
+def test_shift_is_torchvisions_reflected_padding_and_crop():
+    images, _, indices = batch(40)
+    draws = Draws(3, 1, indices)
+    ours = reflected_shift(images, draws)
+    tops, lefts = (torch.floor(draws(d) * 5).int().tolist() for d in (_PAD_Y, _PAD_X))
+    assert set(tops) == set(lefts) == set(range(5))
+    for mine, image, top, left in zip(ours, images, tops, lefts, strict=True):
+        assert torch.equal(mine, TF.crop(TF.pad(image, [2], padding_mode="reflect"), top, left, 32, 32))
+
+
+def test_shift_shows_each_image_both_ways_in_two_epochs():
+    images, sizes, indices = batch(40, height=15, width=15)  # too small to be shifted
+    kwargs = dict(name="shift", seed=3, indices=indices)
+    epochs = [augment(images, sizes, prep(15), epoch=epoch, **kwargs) for epoch in range(4)]
+    assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3])
+    assert torch.equal(epochs[0].flip(3), epochs[1])
+    plain = augment(images, sizes, prep(15), name="none", seed=3, epoch=0, indices=indices)
+    assert 10 < int((epochs[0] == plain).flatten(1).all(dim=1).sum()) < 30
+
+
 def test_rotation_is_torchvisions():
     images, _, indices = batch(40)
     draws = Draws(3, 1, indices)
@@ -228,7 +249,7 @@ def test_an_image_does_not_depend_on_its_batch_or_its_place_in_it(name, size):
         assert torch.equal(alone[0], whole[i])
 
 
-@pytest.mark.parametrize("name", ["crop", "light", "standard", "randaugment"])
+@pytest.mark.parametrize("name", ["crop", "shift", "light", "standard", "randaugment"])
 def test_an_augmentation_changes_with_seed_epoch_and_index(name):
     images, sizes, indices = batch(32)
 
@@ -241,7 +262,7 @@ def test_an_augmentation_changes_with_seed_epoch_and_index(name):
         assert changed.float().mean() > 0.7
 
 
-@pytest.mark.parametrize("name", ["crop", "light", "standard"])
+@pytest.mark.parametrize("name", ["crop", "shift", "light", "standard"])
 def test_half_of_the_images_are_mirrored(name):
     n = 400
     ramp = torch.arange(32, dtype=torch.uint8).mul(8).expand(n, 3, 32, 32).contiguous()

@@ -16,7 +16,7 @@ from modeling.data.randaugment import randaugment
 from modeling.data.resize import Preprocessing, normalize, resample, resize
 from modeling.randomness import Draws
 
-AUGMENT_SETS = ("none", "crop", "light", "standard", "randaugment")
+AUGMENT_SETS = ("none", "crop", "shift", "light", "standard", "randaugment")
 
 
 # Draw numbers: the last key of the hash. Each use has a range of its own. randaugment.py has 80 and above.
@@ -51,17 +51,33 @@ def padded_crop(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
     At 32 pixels the padding is 4, as in He et al., https://arxiv.org/abs/1512.03385.
     """
-    B, _, S, _ = images.shape
-    pad = S // 8
-    padded = F.pad(images, (pad, pad, pad, pad))
-    top, left = (
-        torch.floor(draws(d) * (2 * pad + 1)).long().to(images.device, non_blocking=True)
-        for d in (_PAD_Y, _PAD_X)
+    pad = images.shape[-1] // 8
+    return _gather(F.pad(images, (pad, pad, pad, pad)), *_positions(images, draws, reach=pad, start=pad))
+
+
+def reflected_shift(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Shift by up to a sixteenth of the side in each direction. What comes in is the image's reflection.
+
+    At 32 pixels these are 2 pixels, as in Jordan, https://arxiv.org/abs/2404.00498.
+    """
+    last = images.shape[-1] - 1
+    rows, cols = _positions(images, draws, reach=images.shape[-1] // 16)
+    return _gather(images, *(last - (last - position.abs()).abs() for position in (rows, cols)))
+
+
+def _positions(images: torch.Tensor, draws: Draws, *, reach: int, start: int = 0) -> list[torch.Tensor]:
+    """The rows and columns (B, S) to take, shifted by whole pixels from -reach to reach."""
+    side = torch.arange(start, start + images.shape[-1], device=images.device)
+    shifts = (torch.floor(draws(draw) * (2 * reach + 1)).long() - reach for draw in (_PAD_Y, _PAD_X))
+    return [shift.to(images.device, non_blocking=True)[:, None] + side for shift in shifts]
+
+
+def _gather(images: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor) -> torch.Tensor:
+    """Take these rows and columns (B, S) of each image."""
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return (
+        images.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
     )
-    side = torch.arange(S, device=images.device)
-    batch = torch.arange(B, device=images.device)[:, None, None]
-    rows, cols = (top[:, None] + side)[:, :, None], (left[:, None] + side)[:, None, :]
-    return padded.permute(0, 2, 3, 1)[batch, rows, cols].permute(0, 3, 1, 2).contiguous()
 
 
 def _gray(images: torch.Tensor) -> torch.Tensor:
@@ -128,6 +144,7 @@ def augment(
     sizes (B, 2) and indices (B,) are on the CPU. The augmentation sets are:
     none         as at evaluation
     crop         flip, padded crop
+    shift        flip in every second epoch, reflected shift
     light        RandomResizedCrop (0.8 to 1), flip, colour jitter 0.2
     standard     flip, padded crop, colour jitter 0.2, rotation by up to 15 degrees
     randaugment  RandAugment
@@ -137,6 +154,10 @@ def augment(
         out = resize(images, sizes, prep)
     elif name == "randaugment":
         out = randaugment(resize(images, sizes, prep).to(torch.uint8), draws)
+    elif name == "shift":
+        # One half of the images, drawn once, is flipped in odd epochs, the other half in even epochs.
+        flip = (Draws(seed, 0, indices)(_FLIP) < 0.5) ^ (epoch % 2 == 1)
+        out = reflected_shift(resize(images, sizes, prep, flip), draws)
     else:
         flip = draws(_FLIP) < 0.5
         if name == "light":
