@@ -20,6 +20,7 @@ from modeling.compare import compare
 from modeling.comparison_files import summarize_candidate
 from modeling.run import checkpoint
 from modeling.run.files import RunFiles
+from modeling.scores import balanced_accuracy
 from modeling.stats.proportions import Interval
 
 NOT_OF_A_SWEEP = ("model", "seed", "run_name", "sanity_check")
@@ -29,12 +30,14 @@ NOT_OF_A_SWEEP = ("model", "seed", "run_name", "sanity_check")
 class Row:
     """The runs of one model. accuracies are the runs' own, of the split that evaluate.py chooses.
 
+    balanced_accuracies: of the same runs, the mean recall of the classes.
     interval: of the mean accuracy, over other seeds and other images. minutes: of training, for each run.
     """
 
     name: str
     seeds: list[int]
     accuracies: list[float]
+    balanced_accuracies: list[float]
     interval: Interval
     minutes: list[float]
     epochs: int
@@ -87,6 +90,7 @@ def compare_runs(files: list[RunFiles], args: argparse.Namespace) -> list[Row]:
             name=headers[0]["model"]["name"],
             seeds=[header["arguments"]["seed"] for header in headers],
             accuracies=[float(run.right.mean()) for run in entry.runs],
+            balanced_accuracies=[balanced_accuracy(run) for run in entry.runs],
             interval=entry.accuracy,
             minutes=[header["clock"]["train_seconds"] / 60 for header in headers],
             epochs=headers[0]["arguments"]["epochs"],
@@ -105,13 +109,13 @@ def run_sweep(args: argparse.Namespace) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["model             runs  accuracy  deviation      95 % interval   minutes"]
+    lines = ["model             runs  accuracy  deviation      95 % interval  balanced   minutes"]
     for row in rows:
         deviation = "" if row.deviation is None else f"{row.deviation:.4f}"
         interval = f"{row.interval.low:.4f} to {row.interval.high:.4f}"
         lines.append(
             f"{row.name:<17} {len(row.seeds):>4} {row.interval.value:>9.4f} {deviation:>10} {interval:>18} "
-            f"{statistics.mean(row.minutes):>9.1f}"
+            f"{statistics.mean(row.balanced_accuracies):>9.4f} {statistics.mean(row.minutes):>9.1f}"
         )
     return "\n".join(lines)
 

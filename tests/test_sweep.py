@@ -1,5 +1,6 @@
 """sweep.py: several models and seeds, what a stopped sweep leaves, and the comparison at its end."""
 
+import csv
 import dataclasses
 import re
 import sys
@@ -10,6 +11,7 @@ from conftest import ROOT, assert_refused, call
 
 import sweep
 import train
+from modeling.errors import UserError
 from modeling.run import checkpoint
 from modeling.stats.proportions import Interval
 
@@ -55,8 +57,10 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_a_table_and_the_comp
     assert row.deviation == pytest.approx(abs(row.accuracies[0] - row.accuracies[1]) / 2**0.5)
     assert all(0 < minutes < 2 for minutes in row.minutes)
     heading, line = sweep.table(rows).splitlines()
-    assert heading.split() == "model runs accuracy deviation 95 % interval minutes".split()
+    assert heading.split() == "model runs accuracy deviation 95 % interval balanced minutes".split()
     assert line.split()[:3] == ["cnn_small", "2", f"{row.interval.value:.4f}"]
+    written = csv.DictReader((tmp_path / "traces" / "metrics.csv").open())
+    assert row.balanced_accuracies == [float(line["balanced_accuracy"]) for line in written]
     assert dataclasses.replace(row, accuracies=[0.5]).deviation is None
     assert_refused(call("sweep", *SWEEP, "--lr", 0.5, "--output-dir", tmp_path), "other arguments: lr")
 
@@ -109,6 +113,7 @@ def test_every_row_of_the_results_table_is_a_command_that_parses(monkeypatch, ca
         name="cnn_small",
         seeds=[2, 1],
         accuracies=[0.7, 0.8],
+        balanced_accuracies=[0.5, 0.7],
         interval=Interval(0.75, 0.6, 0.9),
         minutes=[1.0, 2.0],
         epochs=10,
@@ -121,5 +126,12 @@ def test_every_row_of_the_results_table_is_a_command_that_parses(monkeypatch, ca
     assert (args.models, args.recipe, args.dataset, args.seeds) == (["cnn_small"], "tuned", "folder", [1, 2])
     heading, _, *lines = capsys.readouterr().out.splitlines()[-2 - len(results.RESULTS) :]
     assert {line.count("|") for line in (heading, *lines)} == {len(results.COLUMNS) + 1}
-    assert "| 10 | 1 2 | 0.7500 ± 0.0707 | 1.5 | 0123456-dirty |" in lines[1] and "not run" in lines[0]
+    assert (
+        "| 10 | 1 2 | 0.7500 ± 0.0707 | 0.6000 | 1.5 | 0123456-dirty |" in lines[1] and "not run" in lines[0]
+    )
     assert "not measured here: needs ImageNet weights" in lines[-1]
+    calls.clear()
+    assert results.main(["--clothing", "photos"]) == 0
+    assert {args.dataset for args in calls} == {"cifar10", "photos"} and len(calls) == 10
+    with pytest.raises(UserError, match="--clothing FOLDER: cnn-clothing"):
+        results.main(["--rows", "cnn-clothing", "cnn-tuned"])
