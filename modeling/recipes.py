@@ -22,6 +22,7 @@ class Recipe:
     model_args go to the model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off.
     feature_views, for a frozen backbone: the number of augmented views of each training image. The epochs use
     them in turn. 0: each epoch has a new view.
+    min_steps: a small dataset takes more epochs than `epochs`, until the weights are updated so often.
     """
 
     optimizer: str
@@ -38,6 +39,7 @@ class Recipe:
     ema: float = 0.0
     clip_grad: float = 0.0
     feature_views: int = 0
+    min_steps: int = 0
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -177,15 +179,55 @@ TUNED: dict[tuple[str, str], Recipe] = {
             embedding_std=0.02,
         ),
     ),
+    ("vit_scratch", "large"): Recipe(
+        optimizer="muon",
+        lr=2e-3,
+        weight_decay=0.1,
+        schedule="cosine",
+        warmup_epochs=1,
+        epochs=5,
+        min_steps=1000,
+        batch_size=128,
+        augment="crop",
+        model_args=dict(
+            dim=128,
+            depth=4,
+            num_heads=4,
+            mlp_dim=2048,
+            activation="gelu",
+            pre_norm=True,
+            attention_dropout=0.0,
+            dropout=0.0,
+            mean_pooling=True,
+            embedding_std=0.02,
+        ),
+    ),
     # Four views are as good as twenty: accuracy 0.493 and 0.494, with a backbone that was trained on other
     # classes. See benchmarks/LOG.md.
     ("vit", "any"): dataclasses.replace(REFERENCE["vit", "any"], feature_views=4),
 }
+# resnet18, deit and timm/NAME with `--weights none`.
+BACKBONE_FROM_SCRATCH = Recipe(
+    optimizer="muon",
+    lr=4e-3,
+    weight_decay=0.1,
+    schedule="cosine",
+    warmup_epochs=1,
+    epochs=20,
+    min_steps=1000,
+    batch_size=128,
+    augment="crop",
+)
 
 
-def get_recipe(model: str, image_size: int, name: str = "tuned") -> Recipe:
-    """The recipe of a model at an image size in pixels. A timm/NAME model has the recipe of `deit`."""
+def get_recipe(model: str, image_size: int, name: str = "tuned", *, random_weights: bool = False) -> Recipe:
+    """The recipe of a model at an image size in pixels. A timm/NAME model has the recipe of `deit`.
+
+    random_weights: a backbone is to be trained whole, without trained weights to begin with.
+    """
     model = "deit" if model.startswith("timm/") else model
+    if random_weights and model in ("resnet18", "deit") and name == "tuned":
+        return BACKBONE_FROM_SCRATCH
     size = "large" if image_size >= LARGE else "small"
     table = {**REFERENCE, **TUNED} if name == "tuned" else REFERENCE
     return table.get((model, size)) or table[(model, "any")]

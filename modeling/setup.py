@@ -149,7 +149,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     )
 
     # Model: its initial random weights depend on the seed alone.
-    recipe = recipes.get_recipe(flags["model"], image_size, flags["recipe"])
+    recipe = recipes.get_recipe(flags["model"], image_size, flags["recipe"], random_weights=not weights.path)
     model_args = models.model_arguments(
         flags["model"],
         recipe,

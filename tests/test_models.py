@@ -335,13 +335,24 @@ def test_tuned_recipes_keep_the_epochs_and_the_parameters_of_the_reference():
             reference = recipes.get_recipe(name, size, "reference")
             assert tuned.epochs == reference.epochs
             assert tuned.feature_views == (4 if name == "vit" else 0)
-            if name == "cnn" or (name in ("cnn_small", "vit_scratch") and size < 128):
+            if name in ("cnn", "vit_scratch") or (name == "cnn_small" and size < 128):
                 assert (tuned.optimizer, tuned.schedule, tuned.augment) == ("muon", "cosine", "crop")
             else:
                 assert dataclasses.replace(tuned, feature_views=0) == reference
-    for name in ("cnn", "cnn_small", "vit_scratch"):
-        counts = [models.count_parameters(build(name, 32, recipe))[0] for recipe in ("tuned", "reference")]
+    for name, size in (("cnn", 32), ("cnn_small", 32), ("vit_scratch", 32), ("vit_scratch", 224)):
+        counts = [models.count_parameters(build(name, size, recipe))[0] for recipe in ("tuned", "reference")]
         assert counts[0] <= counts[1]
+
+
+def test_a_backbone_with_random_weights_has_a_tuned_recipe_of_its_own():
+    for name in ("resnet18", "deit", "timm/resnet10t"):
+        scratch = recipes.get_recipe(name, 128, random_weights=True)
+        assert (scratch.optimizer, scratch.lr, scratch.min_steps) == ("muon", 4e-3, 1000)
+        reference = recipes.get_recipe(name, 128, "reference")
+        assert recipes.get_recipe(name, 128, "reference", random_weights=True) == reference
+        assert recipes.get_recipe(name, 128) == reference
+    for name in ("vit", "cnn"):
+        assert recipes.get_recipe(name, 128, random_weights=True) == recipes.get_recipe(name, 128)
 
 
 def test_mean_pooling_and_small_embeddings():

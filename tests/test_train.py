@@ -1,5 +1,6 @@
 """train.py: every flag does what its help says; equal runs are equal; what it writes can be read back."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -11,7 +12,7 @@ import torch
 from conftest import TINY, assert_refused, call, make_image_folder, scripts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modeling import setup
+from modeling import recipes, setup
 from modeling.data import decoding
 from modeling.data.division import select_rows
 from modeling.data.images import Images, decode
@@ -141,6 +142,16 @@ def test_epochs_and_max_steps(plain, tmp_path):
     short = run(tmp_path, "--epochs", 9, "--max-steps", 4)
     assert [(r["epoch"], r["step"]) for r in short.epochs] == [(1, 3), (2, 4)]
     assert (short.final["step"], short.final["arguments"]["epochs"]) == (4, 2)
+
+
+def test_min_steps_of_a_recipe_adds_epochs(monkeypatch, tmp_path):
+    recipe = recipes.REFERENCE["cnn_small", "small"]
+    recipe = dataclasses.replace(recipe, epochs=1, min_steps=7)
+    monkeypatch.setitem(recipes.REFERENCE, ("cnn_small", "small"), recipe)
+    result = run(tmp_path / "recipe")
+    assert [(r["epoch"], r["step"]) for r in result.epochs] == [(1, 3), (2, 6), (3, 9)]
+    assert result.final["arguments"]["epochs"] == 3
+    assert len(run(tmp_path / "flag", "--epochs", 1).epochs) == 1
 
 
 def test_lr_and_warmup(plain, tmp_path):
