@@ -212,6 +212,10 @@ def count_duplicates(images: dict[str, Images]) -> dict[str, int]:
 
 
 def native_size(images: Images) -> int:
-    """Give the side of the images in pixels, at most 224; 224 if they are not equal squares."""
-    side = int(images.sizes[0, 0])
-    return min(side, 224) if bool((images.sizes == side).all()) else 224
+    """Give the side of the images in pixels, at most 224. For images that are not equal squares, give the
+    median of their shorter sides, rounded down to a multiple of 16.
+    """
+    shorter = images.sizes.amin(dim=1)
+    if bool((images.sizes == shorter[0]).all()):
+        return min(int(shorter[0]), 224)
+    return min(max(int(shorter.median()) // 16 * 16, 16), 224)
