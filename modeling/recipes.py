@@ -208,14 +208,14 @@ TUNED: dict[tuple[str, str], Recipe] = {
 }
 # resnet18, deit and timm/NAME with `--weights none`.
 BACKBONE_FROM_SCRATCH = Recipe(
-    optimizer="muon",
-    lr=4e-3,
-    weight_decay=0.1,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.05,
     schedule="cosine",
     warmup_epochs=1,
     epochs=20,
     min_steps=1000,
-    batch_size=128,
+    batch_size=64,
     augment="crop",
 )
 

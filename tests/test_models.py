@@ -347,7 +347,7 @@ def test_tuned_recipes_keep_the_epochs_and_the_parameters_of_the_reference():
 def test_a_backbone_with_random_weights_has_a_tuned_recipe_of_its_own():
     for name in ("resnet18", "deit", "timm/resnet10t"):
         scratch = recipes.get_recipe(name, 128, random_weights=True)
-        assert (scratch.optimizer, scratch.lr, scratch.min_steps) == ("muon", 4e-3, 1000)
+        assert (scratch.optimizer, scratch.lr, scratch.min_steps) == ("adamw", 1e-3, 1000)
         reference = recipes.get_recipe(name, 128, "reference")
         assert recipes.get_recipe(name, 128, "reference", random_weights=True) == reference
         assert recipes.get_recipe(name, 128) == reference
