@@ -50,7 +50,11 @@ def build_parser() -> cli.Parser:
         default="stl10",
         help="stl10, cifar10, digits, a hub id, folder or table (default: stl10)",
     )
-    add("--epochs", type=cli.POSITIVE_INT, help="passes over the training images (default: the recipe's)")
+    add(
+        "--epochs",
+        type=cli.POSITIVE_INT,
+        help="passes over the training images (default: the recipe's, which can be more for a small dataset)",
+    )
     add("--batch-size", type=cli.POSITIVE_INT, help="images per update, of all processes together")
     add("--lr", type=cli.POSITIVE, help="peak learning rate (default: the recipe's)")
     add("--output-dir", type=cli.path, default=Path(), help="where checkpoints/ and runs/ go (default: here)")

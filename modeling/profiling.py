@@ -96,7 +96,7 @@ def profile_one(
     trace_name: str,
 ) -> dict[str, Any]:
     """Profile the training step of the model's recipe on these images. Return a row of COLUMNS."""
-    size = image_size or models.default_image_size(name) or native_size(images)
+    size = image_size or models.default_image_size(name) or native_size(images.sizes)
     recipe = recipes.get_recipe(name, size, recipe_name)
     model_args = models.model_arguments(name, recipe, image_size=size, patch_size=None, head_dropout=None)
     step_settings = StepSettings(

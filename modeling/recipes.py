@@ -1,11 +1,12 @@
 """One frozen Recipe per model and size.
 
 `--recipe reference` is the recipe of the notebook that published the model. `--recipe tuned` is our best
-recipe for the same epochs and no more parameters; a model without a tuned recipe uses the reference. A flag
-that the user gives always wins.
+recipe for no more parameters, and for the same epochs unless the dataset is small. A model without a tuned
+recipe uses the reference. A flag that the user gives always wins.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,7 @@ class Recipe:
     model_args go to the model's constructor. 0 turns label_smoothing, mixup, cutmix, ema and clip_grad off.
     feature_views, for a frozen backbone: the number of augmented views of each training image. The epochs use
     them in turn. 0: each epoch has a new view.
-    min_steps: a small dataset takes more epochs than `epochs`, until the weights are updated so often.
+    min_steps: the least number of updates. A small dataset takes more epochs to reach it. 0: off.
     """
 
     optimizer: str
@@ -43,6 +44,12 @@ class Recipe:
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     model_args: dict[str, Any] = field(default_factory=dict)
+
+    def stretched(self, steps_per_epoch: int) -> "Recipe":
+        """The recipe with at least min_steps updates. Its warm-up is the same share of the epochs."""
+        epochs = max(self.epochs, math.ceil(self.min_steps / steps_per_epoch))
+        warmup_epochs = self.warmup_epochs * epochs / self.epochs
+        return dataclasses.replace(self, epochs=epochs, warmup_epochs=warmup_epochs)
 
 
 _CNN_SMALL = dict(channels=(32, 64), batch_norm=False, pool=None, kaiming=False, head_dropout=0.0)
@@ -223,7 +230,8 @@ BACKBONE_FROM_SCRATCH = Recipe(
 def get_recipe(model: str, image_size: int, name: str = "tuned", *, random_weights: bool = False) -> Recipe:
     """The recipe of a model at an image size in pixels. A timm/NAME model has the recipe of `deit`.
 
-    random_weights: a backbone is to be trained whole, without trained weights to begin with.
+    random_weights: the run starts without trained weights. That changes the tuned recipe of backbones that
+    are trained whole.
     """
     model = "deit" if model.startswith("timm/") else model
     if random_weights and model in ("resnet18", "deit") and name == "tuned":

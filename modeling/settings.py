@@ -130,8 +130,9 @@ def resolve(
 
     batch_size = flag_or_recipe("batch_size")
     steps_per_epoch = math.ceil(num_train_images / batch_size)
-    epochs = flags["epochs"] or max(recipe.epochs, math.ceil(recipe.min_steps / steps_per_epoch))
-    total_steps = flags["max_steps"] or epochs * steps_per_epoch
+    if flags["epochs"] is None:
+        recipe = recipe.stretched(steps_per_epoch)
+    total_steps = flags["max_steps"] or flag_or_recipe("epochs") * steps_per_epoch
     return Settings(
         model=flags["model"],
         model_args=model_args,

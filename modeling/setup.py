@@ -75,9 +75,14 @@ def say_what_is_odd(source: Source, images: dict[str, Images]) -> None:
             print(f"{count} of {len(images[split])} {split} images have the same pixels as a training image.")
 
 
-def choose_image_size(*, recipe: str, dataset: str, images: Images) -> int:
-    """The input side of a model from scratch: the images' own. Reference recipes on STL-10 have 224 px."""
-    return 224 if recipe == "reference" and is_stl10(dataset) else native_size(images)
+def choose_image_size(*, recipe: str, dataset: str, images: dict[str, Images]) -> int:
+    """The input side of a model from scratch: that of the images. Reference recipes on STL-10 have 224 px.
+
+    The side depends on all images, so that it is the same for each seed.
+    """
+    if recipe == "reference" and is_stl10(dataset):
+        return 224
+    return native_size(torch.cat([part.sizes for part in images.values()]))
 
 
 def whitening_images(images: Images, preprocessing: Preprocessing) -> torch.Tensor:
@@ -145,7 +150,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     images = load_images(source, flags, image_size=image_size, val_fraction=val_fraction)
     say_what_is_odd(source, images)
     image_size = image_size or choose_image_size(
-        recipe=flags["recipe"], dataset=flags["dataset"], images=images["train"]
+        recipe=flags["recipe"], dataset=flags["dataset"], images=images
     )
 
     # Model: its initial random weights depend on the seed alone.

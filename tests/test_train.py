@@ -152,6 +152,13 @@ def test_min_steps_of_a_recipe_adds_epochs(monkeypatch, tmp_path):
     assert [(r["epoch"], r["step"]) for r in result.epochs] == [(1, 3), (2, 6), (3, 9)]
     assert result.final["arguments"]["epochs"] == 3
     assert len(run(tmp_path / "flag", "--epochs", 1).epochs) == 1
+    assert run(tmp_path / "steps", "--max-steps", 2).final["step"] == 2
+
+
+def test_min_steps_stretches_the_warm_up_too():
+    recipe = recipes.Recipe(optimizer="adamw", lr=1, epochs=5, warmup_epochs=1, min_steps=100, batch_size=8)
+    few, many = recipe.stretched(steps_per_epoch=10), recipe.stretched(steps_per_epoch=50)
+    assert (few.epochs, few.warmup_epochs) == (10, 2) and many == recipe
 
 
 def test_lr_and_warmup(plain, tmp_path):
@@ -437,12 +444,16 @@ def test_run_name_names_the_files(tmp_path):
         32,
         "--max-steps",
         1,
+        "--recipe",
+        "tuned",
         "--output-dir",
         tmp_path,
     )
     result = call("train", *TINY, *flags)
     assert result.status == 0, result.err
-    assert (tmp_path / "checkpoints" / "timm_resnet10t_final.safetensors").exists()
+    header = checkpoint.read_header(tmp_path / "checkpoints" / "timm_resnet10t_final.safetensors")
+    assert (header["arguments"]["optimizer"], header["arguments"]["lr"]) == ("adamw", 1e-3)
+    assert recipes.get_recipe("timm/resnet10t", 32).lr != 1e-3, "the recipe for random weights differs"
 
 
 def test_reference_on_stl10_is_224_pixels():
@@ -450,9 +461,9 @@ def test_reference_on_stl10_is_224_pixels():
     images = Images(torch.zeros(2, 3, 96, 96, dtype=torch.uint8), two, torch.full((2, 2), 96), two, two, [])
 
     choose = setup.choose_image_size
-    assert choose(recipe="tuned", dataset="stl10", images=images) == 96
-    assert choose(recipe="reference", dataset="elsewhere/x", images=images) == 96
-    assert choose(recipe="reference", dataset="stl10", images=images) == 224
+    assert choose(recipe="tuned", dataset="stl10", images={"train": images}) == 96
+    assert choose(recipe="reference", dataset="elsewhere/x", images={"train": images}) == 96
+    assert choose(recipe="reference", dataset="stl10", images={"train": images}) == 224
 
 
 def test_images_of_many_shapes_train_and_a_folder_of_ones_own(tmp_path):

@@ -211,11 +211,14 @@ def count_duplicates(images: dict[str, Images]) -> dict[str, int]:
     }
 
 
-def native_size(images: Images) -> int:
-    """Give the side of the images in pixels, at most 224. For images that are not equal squares, give the
-    median of their shorter sides, rounded down to a multiple of 16.
+def native_size(sizes: torch.Tensor) -> int:
+    """Give the input side in pixels, 4 to 224, for images of these sizes (N, 2).
+
+    It is the side of equal squares. Otherwise it is the median of the shorter sides, rounded down to a
+    multiple of 16, below 64 pixels of 4.
     """
-    shorter = images.sizes.amin(dim=1)
-    if bool((images.sizes == shorter[0]).all()):
-        return min(int(shorter[0]), 224)
-    return min(max(int(shorter.median()) // 16 * 16, 16), 224)
+    shorter = sizes.amin(dim=1)
+    side = int(shorter.median())
+    if not bool((sizes == side).all()):
+        side = max(side // 16 * 16 if side >= 64 else side // 4 * 4, 4)
+    return min(side, 224)
