@@ -64,7 +64,8 @@ def notebook(work: str, args: argparse.Namespace) -> None:
 def write_split(data: Path, seed: int, path: Path) -> None:
     """Write the numbers of the images that train.py trains and validates on with this seed."""
     sys.path.insert(0, str(ROOT))
-    from modeling.data.sources import load_source, select_rows  # not in the process of the notebook
+    from modeling.data.division import select_rows  # not in the process of the notebook
+    from modeling.data.sources import load_source
 
     source = load_source(str(data))
     rows = {}
