@@ -6,11 +6,14 @@ import re
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from conftest import ROOT, assert_refused, call
+from conftest import ROOT, assert_refused, call, make_image_folder
 
 import sweep
 import train
+from modeling.data.division import select_rows
+from modeling.data.sources import load_source
 from modeling.errors import UserError
 from modeling.run import checkpoint
 from modeling.stats.proportions import Interval
@@ -103,6 +106,18 @@ def test_time_to_accuracy_reads_the_epochs_of_a_process_and_stops_at_the_target(
     assert benchmark.seconds_to(0.9, points) is None
     points = benchmark.run(["-c", f"{script}\nimport time; time.sleep(600)"], target=0.3)
     assert points[-1][1] == 0.3
+
+
+def test_time_to_accuracy_gives_the_notebook_the_split_of_train(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import time_to_accuracy as benchmark
+
+    folder = make_image_folder(tmp_path / "images", {"train": {"a": 20, "b": 20}})
+    benchmark.write_split(folder, 3, tmp_path / "split.npz")
+    split = np.load(tmp_path / "split.npz")
+    assert (len(split["train"]), len(split["validation"])) == (36, 4)
+    _, rows = select_rows(load_source(str(folder)), "validation", val_fraction=0.1, seed=3)
+    assert split["validation"].tolist() == rows.tolist()
 
 
 def test_every_row_of_the_results_table_is_a_command_that_parses(monkeypatch, capsys):
