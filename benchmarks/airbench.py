@@ -3,31 +3,50 @@
     git clone https://github.com/KellerJordan/cifar10-airbench
     python benchmarks/airbench.py --airbench cifar10-airbench/airbench94_muon.py --data FOLDER --runs 2
 
+    python benchmarks/airbench.py --airbench cifar10-airbench/airbench94_muon.py --data FOLDER --rounds 12
+
 FOLDER is a copy of CIFAR-10, as train.py takes it as --dataset. airbench is changed in a few places only: CPU
 for GPU, bfloat16 for half, no compilation, and the images of FOLDER. It keeps freed memory as train.py does,
-which makes it faster. Both train on the training images
-(cnn_fast on all but 100, which it validates on) and are judged on the test images, without test-time
-augmentation. Decoding and the final test do not count as time. airbench's time is its own timer's: steps and
-whitening. The time of cnn_fast is train.py's clock, which also counts checkpoints, logs and validation.
+which makes it faster.
+
+--runs trains both on the training images (cnn_fast on all but 100, which it validates on) and judges them on
+the test images, without test-time augmentation. Decoding and the final test do not count as time. airbench's
+time is its own timer's: steps and whitening. The time of cnn_fast is train.py's clock, which also counts
+checkpoints, logs and validation. --rounds times only training steps, of both in turn, each of 2,000 images.
+On a busy machine its ratio is the more reliable one.
 """
 
 import argparse
+import contextlib
 import csv
+import importlib
+import itertools
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.nn import functional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from modeling.data.images import decode  # noqa: E402
 from modeling.data.sources import Choices, load_source  # noqa: E402
+from modeling.engine import Batch, StepSettings, train_step  # noqa: E402
+from modeling.models import build_model, preprocessing  # noqa: E402
+from modeling.optim import build_optimizer  # noqa: E402
+from modeling.recipes import get_recipe  # noqa: E402
+from modeling.run import launch  # noqa: E402
 from modeling.run.checkpoint import read_header  # noqa: E402
 
 VAL_FRACTION = 0.002  # 100 images
@@ -58,14 +77,19 @@ def write_images(data: Path, folder: Path) -> None:
         torch.save(content | {"classes": images.classes}, folder / f"{split}.pt")
 
 
-def run_airbench(script: Path, folder: Path) -> tuple[float, float]:
-    """Return test accuracy and seconds of one run."""
+def write_port(script: Path, folder: Path) -> None:
+    """Write airbench, changed for this CPU, as ported.py."""
     code = script.read_text()
     for old, new in CHANGES:
         if old not in code:
             raise SystemExit(f"{script} is another version: it has no {old!r}")
         code = code.replace(old, new)
     (folder / "ported.py").write_text(code)
+
+
+def run_airbench(script: Path, folder: Path) -> tuple[float, float]:
+    """Return test accuracy and seconds of one run."""
+    write_port(script, folder)
     environment = os.environ | {"GLIBC_TUNABLES": KEEP_MEMORY}
     command = [sys.executable, "-u", "ported.py"]
     rows = []
@@ -101,6 +125,88 @@ def run_ours(data: Path, folder: Path, seed: int, flags: list[str]) -> tuple[flo
     return float(row["accuracy"]), read_header(final)["clock"]["train_seconds"]
 
 
+def airbench_steps(ported: ModuleType) -> Iterator[None]:
+    """Train airbench's network, one step of 2,000 images at a time."""
+    loader = ported.CifarLoader("cifar10", train=True, batch_size=2000, aug={"flip": True, "translate": 2})
+    model = ported.CifarNet().to(memory_format=torch.channels_last)
+    model.reset()
+    model.init_whiten(loader.normalize(loader.images[:5000]))
+    filters = [weight for weight in model.parameters() if weight.ndim == 4 and weight.requires_grad]
+    others = [weight for weight in model.parameters() if weight.ndim != 4 and weight.requires_grad]
+    optimizers = [
+        torch.optim.SGD(others, lr=0.05, momentum=0.85, nesterov=True, fused=True),
+        ported.Muon(filters, lr=0.24, momentum=0.6, nesterov=True),
+    ]
+    model.train()
+    while True:
+        for images, labels in loader:
+            logits = model(images, whiten_bias_grad=True)
+            functional.cross_entropy(logits, labels, label_smoothing=0.2, reduction="sum").backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+            yield
+
+
+def our_steps(content: dict[str, Any]) -> Iterator[None]:
+    """Train cnn_fast by its recipe, two steps of 1,000 images at a time."""
+    recipe = get_recipe("cnn_fast", 32)
+    model = build_model("cnn_fast", num_classes=10, image_size=32).train()
+    optimizer = build_optimizer(recipe.optimizer, model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    settings = StepSettings(
+        preprocessing=preprocessing("cnn_fast", recipe, 32),
+        augment=recipe.augment,
+        label_smoothing=recipe.label_smoothing,
+    )
+    pixels = content["images"].permute(0, 3, 1, 2).contiguous()
+    sizes = torch.full((recipe.batch_size, 2), 32)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare_model(model)
+    for step in itertools.count():
+        rows = torch.randperm(len(pixels))[: recipe.batch_size]
+        batch = Batch(pixels[rows], sizes, content["labels"][rows], rows, torch.ones(len(rows)))
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            [batch],
+            epoch=step,
+            step=step,
+            lr=recipe.lr,
+            num_images=recipe.batch_size,
+            step_settings=settings,
+        )
+        if step % 2:
+            yield
+
+
+def time_steps(script: Path, data: Path, rounds: int) -> None:
+    """Print the images per second of both, and the ratio."""
+    launch.keep_freed_memory()
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        folder = Path(name)
+        (folder / "cifar10").mkdir()
+        write_images(data, folder / "cifar10")
+        write_port(script, folder)
+        sys.path.insert(0, name)
+        sys.argv = ["ported.py"]  # airbench reads its own source
+        steps = {
+            "cnn_fast": our_steps(torch.load("cifar10/train.pt")),
+            "airbench": airbench_steps(importlib.import_module("ported")),
+        }
+        seconds: dict[str, list[float]] = {contender: [] for contender in steps}
+        for number in range(1 + rounds):
+            for contender, each in steps.items():
+                started = time.perf_counter()
+                next(each)
+                if number:  # the first round warms up
+                    seconds[contender].append(time.perf_counter() - started)
+    for contender, each in seconds.items():
+        print(f"{contender:9} {2000 / statistics.median(each):.0f} images/s, at best {2000 / min(each):.0f}")
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values(), strict=True)]
+    print(f"cnn_fast trains {statistics.median(ratios):.2f} times as many images a second, in the median")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -108,8 +214,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--airbench", type=Path, help="airbench94_muon.py (default: run cnn_fast alone)")
     parser.add_argument("--data", type=Path, required=True, help="a copy of CIFAR-10")
     parser.add_argument("--runs", type=int, default=1, help="runs of each model (default: 1)")
+    parser.add_argument("--rounds", type=int, help="only time so many steps of each, in turn")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="after --: further flags of train.py")
     args = parser.parse_args(argv)
+    if args.rounds:
+        if not args.airbench:
+            parser.error("--rounds needs --airbench")
+        time_steps(args.airbench.resolve(), args.data.resolve(), args.rounds)
+        return
     flags = [flag for flag in args.flags if flag != "--"]
     results: dict[str, list[tuple[float, float]]] = {"cnn_fast": []}
     for seed in range(args.runs):
