@@ -37,7 +37,9 @@ class CNNFast(nn.Module):
         if image_size < SMALLEST_SIDE:
             raise UserError(f"image size {image_size} is too small for cnn_fast: use {SMALLEST_SIDE}")
         num_filters = 2 * 3 * patch**2  # each filter and its negative
-        self.whitening = nn.Conv2d(3, num_filters, patch, bias=False).requires_grad_(False)
+        self.whitening = nn.Conv2d(3, num_filters, patch)
+        self.whitening.weight.requires_grad_(False)
+        nn.init.zeros_(self.whitening.bias)
         widths = (num_filters, *channels)
         self.blocks = nn.Sequential(*(_block(*pair) for pair in zip(widths, channels, strict=False)))
         self.dropout = nn.Dropout(head_dropout)
