@@ -186,6 +186,7 @@ TUNED: dict[tuple[str, str], Recipe] = {
             embedding_std=0.02,
         ),
     ),
+    # 2,761 photographs of clothing, 128 px, 28 epochs, bf16, one CPU core, 17 minutes, two runs: test 0.572.
     ("vit_scratch", "large"): Recipe(
         optimizer="muon",
         lr=2e-3,
@@ -213,7 +214,8 @@ TUNED: dict[tuple[str, str], Recipe] = {
     # classes. See benchmarks/LOG.md.
     ("vit", "any"): dataclasses.replace(REFERENCE["vit", "any"], feature_views=4),
 }
-# resnet18, deit and timm/NAME with `--weights none`.
+# resnet18, deit and timm/NAME with `--weights none`. 2,761 photographs of clothing, resnet18 at 96 px, bf16, one
+# CPU core, 21 minutes, one run: test 0.7126.
 BACKBONE_FROM_SCRATCH = Recipe(
     optimizer="adamw",
     lr=1e-3,
