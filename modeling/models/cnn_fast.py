@@ -29,7 +29,7 @@ class CNNFast(nn.Module):
         *,
         num_classes: int = 10,
         image_size: int = 32,
-        channels: tuple[int, int, int] = (64, 192, 256),
+        channels: tuple[int, int, int] = (64, 256, 256),
         patch: int = 2,
         head_dropout: float = 0.0,
     ):
