@@ -21,7 +21,6 @@ import contextlib
 import csv
 import importlib
 import itertools
-import os
 import re
 import statistics
 import subprocess
@@ -46,11 +45,15 @@ from modeling.engine import Batch, StepSettings, train_step  # noqa: E402
 from modeling.models import build_model, preprocessing  # noqa: E402
 from modeling.optim import build_optimizer  # noqa: E402
 from modeling.recipes import get_recipe  # noqa: E402
-from modeling.run import launch  # noqa: E402
 from modeling.run.checkpoint import read_header  # noqa: E402
 
 VAL_FRACTION = 0.002  # 100 images
-KEEP_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=2147483647"
+# Put before airbench: it keeps freed memory as train.py does.
+START = f"""import sys
+sys.path.append({str(ROOT)!r})
+from modeling.run.launch import keep_freed_memory
+keep_freed_memory()
+"""
 CHANGES = (
     ("@torch.compile\n", ""),
     ('map_location=torch.device("cuda")', 'map_location="cpu"'),
@@ -84,16 +87,15 @@ def write_port(script: Path, folder: Path) -> None:
         if old not in code:
             raise SystemExit(f"{script} is another version: it has no {old!r}")
         code = code.replace(old, new)
-    (folder / "ported.py").write_text(code)
+    (folder / "ported.py").write_text(START + code)
 
 
 def run_airbench(script: Path, folder: Path) -> tuple[float, float]:
     """Return test accuracy and seconds of one run."""
     write_port(script, folder)
-    environment = os.environ | {"GLIBC_TUNABLES": KEEP_MEMORY}
     command = [sys.executable, "-u", "ported.py"]
     rows = []
-    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", file=sys.stderr, flush=True)
             if re.match(r"\|[^|]*\|\s+\d+ ", line):
@@ -182,7 +184,6 @@ def our_steps(content: dict[str, Any]) -> Iterator[None]:
 
 def time_steps(script: Path, data: Path, rounds: int) -> None:
     """Print the images per second of both, and the ratio."""
-    launch.keep_freed_memory()
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         (folder / "cifar10").mkdir()

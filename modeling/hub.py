@@ -193,7 +193,7 @@ class _Bar(tqdm):
         _hear()
         super().update(n)
 
-    def set_description(self, *args, **kwargs) -> None:
+    def set_description(self, desc: str | None = None, refresh: bool | None = True) -> None:
         """Keep our description: the library would change it to "Reconstructing"."""
 
 

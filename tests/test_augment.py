@@ -168,8 +168,10 @@ def test_shift_is_torchvisions_reflected_padding_and_crop():
 
 def test_shift_shows_each_image_both_ways_in_two_epochs():
     images, sizes, indices = batch(40, height=15, width=15)  # too small to be shifted
-    kwargs = dict(name="shift", seed=3, indices=indices)
-    epochs = [augment(images, sizes, prep(15), epoch=epoch, **kwargs) for epoch in range(4)]
+    epochs = [
+        augment(images, sizes, prep(15), name="shift", seed=3, epoch=epoch, indices=indices)
+        for epoch in range(4)
+    ]
     assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3])
     assert torch.equal(epochs[0].flip(3), epochs[1])
     plain = augment(images, sizes, prep(15), name="none", seed=3, epoch=0, indices=indices)

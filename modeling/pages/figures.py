@@ -168,10 +168,10 @@ def push_apart(positions: Sequence[float], gap: float) -> list[float]:
     return moved.tolist()
 
 
-def data_uri(image: Image.Image, kind: str, **options) -> str:
-    """The image as a data: URI. kind: "WEBP" or "PNG"; options go to Pillow's save."""
+def data_uri(image: Image.Image, kind: str, *, lossless: bool = True) -> str:
+    """The image as a data: URI. kind: "WEBP" or "PNG", which is always lossless."""
     out = io.BytesIO()
-    image.save(out, kind, **options)
+    image.save(out, kind, lossless=lossless, quality=80, optimize=True)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
 
 
@@ -185,4 +185,4 @@ def confusion_picture(matrix: np.ndarray, order: np.ndarray) -> str:
     pixels[..., :3] = (60, 130, 215)
     pixels[..., 3] = np.where(shares > 0, 40 + 215 * np.sqrt(shares), 0)
     image = Image.fromarray(pixels).quantize(64, method=Image.Quantize.FASTOCTREE)
-    return data_uri(image, "PNG", optimize=True)
+    return data_uri(image, "PNG")

@@ -38,9 +38,9 @@ def encode(image: Image.Image) -> str:
     """Encode a picture as WebP. Small ones have no loss; larger ones shrink to 112 pixels."""
     image = image.convert("RGB")
     if max(image.size) <= SMALL:
-        return data_uri(image, "WEBP", lossless=True)
+        return data_uri(image, "WEBP")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return data_uri(image, "WEBP", quality=80)
+    return data_uri(image, "WEBP", lossless=False)
 
 
 def choose_tiles(analysis: Analysis, most: int = MOST_PICTURES) -> list[Tile]:
