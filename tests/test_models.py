@@ -11,7 +11,7 @@ from torch import nn
 from modeling import models, recipes
 from modeling.errors import UserError
 from modeling.models.backbones import ViTLinearProbe
-from modeling.models.cpu_layers import Dropout
+from modeling.models.cpu_layers import Conv3x3, Dropout
 from modeling.models.tensors import head_keys
 from modeling.models.vit import Block, SimpleViT
 from modeling.optim import build_optimizer
@@ -30,7 +30,7 @@ def build(name, size, recipe="reference", num_classes=10, **kwargs):
         ("cnn", 224, 6_799_882, 6_799_882),
         ("cnn_small", 32, 545_098, 545_098),
         ("cnn_small", 224, 51_402_442, 51_402_442),
-        ("cnn_fast", 32, 1_530_168, 1_528_856),
+        ("cnn_fast", 32, 1_530_168, 1_528_832),
         ("vit_scratch", 32, 1_205_898, 1_205_898),
         ("vit_scratch", 224, 2_497_418, 2_497_418),
         ("vit", 224, 5_526_346, 1_930),
@@ -50,10 +50,32 @@ def test_cnn_fasts_first_layer_has_uncorrelated_outputs_of_variance_one():
     model = build("cnn_fast", 20)
     model.whiten(images)
     with torch.no_grad():
-        outputs = model.whitening(images).transpose(0, 1).flatten(1).double()  # (24, N)
+        outputs = model.whitening(images) - model.whitening.bias[:, None, None]
+    outputs = outputs.transpose(0, 1).flatten(1).double()  # (24, N)
     products = outputs[:12] @ outputs[:12].T / outputs.shape[1]
     torch.testing.assert_close(products, torch.eye(12, dtype=torch.float64), rtol=0, atol=0.02)
-    torch.testing.assert_close(outputs[12:], -outputs[:12])
+    torch.testing.assert_close(outputs[12:], -outputs[:12], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [(1, 1), (3, 3), (5, 7), (8, 8)])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_the_3x3_convolution_has_torchs_outputs_and_gradients(side, memory_format):
+    torch.manual_seed(0)
+    ours = Conv3x3(5, 6).double().to(memory_format=memory_format)
+    theirs = torch.nn.Conv2d(5, 6, 3, padding=1, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 5, *side, dtype=torch.float64).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    out, expected = ours(x), theirs(x)
+    torch.testing.assert_close(out, expected)
+    gradient = torch.randn_like(out)
+    pairs = zip(
+        torch.autograd.grad(out, [x, ours.weight], gradient),
+        torch.autograd.grad(expected, [x, theirs.weight], gradient),
+        strict=True,
+    )
+    for actual, reference in pairs:
+        torch.testing.assert_close(actual, reference)
 
 
 @pytest.mark.parametrize(
