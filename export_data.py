@@ -24,10 +24,11 @@ import torch
 
 from modeling import cli
 from modeling.data import decoding
+from modeling.data.choices import NO_CHOICES, Choices
 from modeling.data.class_names import encode_class
 from modeling.data.division import select_rows
 from modeling.data.known import default_val_fraction
-from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
+from modeling.data.sources import Source, load_source
 from modeling.errors import UserError
 from modeling.files import named_errors, write_text
 from modeling.progress import Progress

@@ -39,8 +39,9 @@ from torch.nn import functional
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from modeling.data.choices import Choices  # noqa: E402
 from modeling.data.images import decode  # noqa: E402
-from modeling.data.sources import Choices, load_source  # noqa: E402
+from modeling.data.sources import load_source  # noqa: E402
 from modeling.engine import Batch, StepSettings, train_step  # noqa: E402
 from modeling.models import build_model, preprocessing  # noqa: E402
 from modeling.optim import build_optimizer  # noqa: E402

@@ -10,11 +10,12 @@ from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
 from modeling.comparison_files import Candidate, keep_older_comparison, write_comparison
+from modeling.data.choices import NO_CHOICES, Choices
 from modeling.data.division import describe_change, select_rows
 from modeling.data.folders import SPLITS
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
-from modeling.data.sources import NO_CHOICES, Choices, Source, load_source
+from modeling.data.sources import Source, load_source
 from modeling.engine import predict
 from modeling.errors import UserError
 from modeling.files import write_text

@@ -11,9 +11,10 @@ import torch
 from accelerate import Accelerator
 
 from modeling import cli, models, profile_page, recipes, report
+from modeling.data.choices import Choices
 from modeling.data.division import select_rows
 from modeling.data.images import Images, decode, native_size
-from modeling.data.sources import Choices, load_source
+from modeling.data.sources import load_source
 from modeling.engine import StepSettings
 from modeling.files import write_text
 from modeling.models import file_name

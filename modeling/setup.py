@@ -10,11 +10,12 @@ import torch
 from accelerate import Accelerator
 
 from modeling import models, randomness, recipes
+from modeling.data.choices import Choices
 from modeling.data.division import division_digest, select_rows
 from modeling.data.images import Images, count_duplicates, decode, native_size
 from modeling.data.known import default_val_fraction, is_stl10
 from modeling.data.resize import Preprocessing, preprocess
-from modeling.data.sources import Choices, Source, load_source
+from modeling.data.sources import Source, load_source
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
 from modeling.errors import UserError
 from modeling.files import write_text

@@ -16,9 +16,10 @@ import torch
 from conftest import call, make_image_folder
 from PIL import Image, features
 
+from modeling.data.choices import Choices
 from modeling.data.class_names import decode_class, encode_class
 from modeling.data.folders import SPLITS
-from modeling.data.sources import Choices, load_source
+from modeling.data.sources import load_source
 from modeling.errors import UserError
 from modeling.files import read_tensors
 
@@ -83,6 +84,26 @@ def test_the_user_chooses_the_folders_of_splits(tmp_path):
     assert chosen == (["hat", "shoes"], {"train": 5, "test": 2})
     with pytest.raises(UserError, match="no folder '2025' with images, only 2023, 2024, test"):
         read(tmp_path, train_split="2025")
+
+
+@pytest.mark.parametrize(
+    "dataset, choices, kind",
+    [
+        ("digits", {"train_split": "a"}, "digits"),
+        ("folders", {"label_column": "a"}, "class folders"),
+        ("folders", {"dataset_config": "a"}, "class folders"),
+        ("folders/labels.csv", {"test_split": "b"}, "a table of labels"),
+        ("folders/labels.csv", {"dataset_config": "a"}, "a table of labels"),
+    ],
+)
+def test_a_choice_that_means_nothing_for_a_dataset_is_refused(tmp_path, dataset, choices, kind, monkeypatch):
+    make_image_folder(tmp_path / "folders", {"train": TWO})
+    (tmp_path / "folders/labels.csv").write_text("file_name,label\ntrain/hat/0.png,x\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=f"--{next(iter(choices)).replace('_', '-')} . does not apply to {kind}"
+    ):
+        load_source(dataset, Choices(**choices))
 
 
 # ---- E, F, L. Which files are images, which folder is the class -----------------------------------

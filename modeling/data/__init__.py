@@ -1,6 +1,7 @@
 """From a dataset's name to the batches that a model sees, in this order.
 
 known      the datasets that have a short name
+choices    the flags that say how to read a dataset
 folders    class folders -> splits, classes and what is left out (class_names: their names)
 tables     a table of labels -> the same
 parquet    parquet files -> the same, with columns and card (what README.md says)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from modeling.data.choices import Choices
 from modeling.data.class_names import decode_class
 from modeling.errors import UserError
 
@@ -74,11 +75,6 @@ def split_keyword(name: str) -> str | None:
     words = re.split(r"[-._ 0-9]+", name.lower())
     found = {SPLIT_KEYWORDS[word] for word in words if word in SPLIT_KEYWORDS}
     return found.pop() if len(found) == 1 else None
-
-
-def chosen_splits(train_split: str | None, test_split: str | None) -> dict[str, str]:
-    """Give which split each name is that the user chose with --train-split or --test-split."""
-    return {name: split for name, split in ((train_split, "train"), (test_split, "test")) if name}
 
 
 @dataclass(eq=False)
@@ -183,16 +179,16 @@ class FolderSplits:
     ignored: list[str]
 
 
-def find_splits(root: Node, name: str, train_split: str | None, test_split: str | None) -> FolderSplits:
+def find_splits(root: Node, name: str, choices: Choices) -> FolderSplits:
     """Find the folders of the splits. Without any, the whole tree is "train".
 
-    train_split and test_split name folders that the user chose. UserError: two folders are one split, or
+    The user may choose folders by --train-split and --test-split. UserError: two folders are one split, or
     the tree can be read in two ways.
     """
     while not root.files and len(root.children) == 1 and _is_wrapper(root.children[0]):
         root = root.children[0]
     children = root.children
-    chosen = chosen_splits(train_split, test_split)
+    chosen = choices.splits
     for folder in chosen.keys() - {node.name for node in children}:
         raise UserError(
             f"{name} has no folder {folder!r} with images, only {', '.join(node.name for node in children)}"

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modeling.data.card import Card, matches, read_card
+from modeling.data.choices import Choices
 from modeling.data.columns import (
     choose_image_column,
     choose_label_column,
@@ -22,7 +23,7 @@ from modeling.data.columns import (
     image_columns,
     is_plain_label,
 )
-from modeling.data.folders import SPLITS, chosen_splits, digest_files, split_keyword
+from modeling.data.folders import SPLITS, digest_files, split_keyword
 from modeling.data.tables import sort_labels
 from modeling.errors import UserError
 
@@ -52,17 +53,7 @@ class ParquetData:
     left_out: list[str]
 
 
-def read_parquet(
-    root: Path,
-    files: list[str],
-    name: str,
-    *,
-    image_column: str | None,
-    label_column: str | None,
-    config: str | None,
-    train_split: str | None,
-    test_split: str | None,
-) -> ParquetData:
+def read_parquet(root: Path, files: list[str], name: str, choices: Choices) -> ParquetData:
     """Read the parquet `files`, whose paths are relative to root. Only the labels are read at once.
 
     Class names are compared file by file, and matched by name.
@@ -70,12 +61,12 @@ def read_parquet(
     UserError: a choice is needed or cannot be met, class lists differ, or a label has no name.
     """
     card = read_card(root)
-    config, by_name = _group_by_split(files, card, config, name)
-    by_split, left_out = _name_splits(by_name, name, train_split, test_split)
+    config, by_name = _group_by_split(files, card, choices.dataset_config, name)
+    by_split, left_out = _name_splits(by_name, name, choices)
     schemas = {file: _read_schema(root / file) for files in by_split.values() for file in files}
     first = next(iter(schemas))
-    image_column = choose_image_column(schemas[first], image_column, name)
-    label_column = choose_label_column(schemas[first], label_column, name, card, config)
+    image_column = choose_image_column(schemas[first], choices.image_column, name)
+    label_column = choose_label_column(schemas[first], choices.label_column, name, card, config)
     labels = {}
     for split, split_files in by_split.items():
         labels[split] = []
@@ -168,10 +159,10 @@ def _choose_config(chosen: str | None, names: list[str], default: str | None, na
 
 
 def _name_splits(
-    groups: dict[str, list[str]], name: str, train_split: str | None, test_split: str | None
+    groups: dict[str, list[str]], name: str, choices: Choices
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Give the files of train, validation and test, and the names of the splits that are left out."""
-    chosen = chosen_splits(train_split, test_split)
+    chosen = choices.splits
     for given in chosen.keys() - groups.keys():
         raise UserError(f"{name} has no split {given!r}, only {', '.join(groups)}")
     taken: dict[str, str] = {}

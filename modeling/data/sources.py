@@ -5,7 +5,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,36 +16,12 @@ from PIL import Image
 
 from modeling import randomness
 from modeling.data import decoding, folders, parquet, tables
+from modeling.data.choices import NO_CHOICES, Choices
 from modeling.data.folders import SPLITS
 from modeling.data.known import Known, find_known
 from modeling.data.stratified import stratified
 from modeling.errors import UserError
 from modeling.hub import download
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the user chose where a dataset can be read in several ways. None: not chosen."""
-
-    image_column: str | None = None
-    label_column: str | None = None
-    dataset_config: str | None = None
-    train_split: str | None = None
-    test_split: str | None = None
-
-    @classmethod
-    def of(cls, flags: Mapping[str, Any]) -> "Choices":
-        """Take the choices out of parsed flags."""
-        return cls(
-            image_column=flags["image_column"],
-            label_column=flags["label_column"],
-            dataset_config=flags["dataset_config"],
-            train_split=flags["train_split"],
-            test_split=flags["test_split"],
-        )
-
-
-NO_CHOICES = Choices()
 
 
 @dataclass
@@ -122,9 +98,10 @@ def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
     A folder holds class folders, parquet files, or a table of labels (.csv, .tsv, .jsonl).
 
     UserError: the dataset does not exist, there is no network, it can be read in several ways, or it has no
-    images or no classes.
+    images or no classes, or a choice does not apply to it.
     """
     if name == "digits":
+        choices.refuse_all_but(kind="digits")
         return _digits()
     path = Path(name).expanduser()
     hub_id, at, revision = name.partition("@")
@@ -158,7 +135,7 @@ def _read_folder(root: Path, name: str, revision: str | None, choices: Choices) 
         parquet_files = [path for path in parquet_files if parquet.holds_images(root / path)]
     if parquet_files:
         return _read_parquet(root, sorted(parquet_files), name, revision, choices, tree)
-    found = folders.find_splits(tree, name, choices.train_split, choices.test_split)
+    found = folders.find_splits(tree, name, choices)
     num_classes = len({node.name for split in found.splits.values() for node in split.children})
     table_paths = tables.find_tables(root, tree)
     if table_paths and num_classes < 2:
@@ -166,6 +143,7 @@ def _read_folder(root: Path, name: str, revision: str | None, choices: Choices) 
         return _read_tables(root, table_paths, name, revision, choices, left_out)
     if not num_classes:
         raise UserError(_why_no_classes(tree, name))
+    choices.refuse_all_but("train_split", "test_split", kind="class folders")
     if table_paths:
         print(
             f"The class folders of {name} are used. For the labels of {table_paths[0]}, give that file as "
@@ -234,9 +212,9 @@ def _file_split(root: Path, files: folders.ImageFiles, classes: list[str]) -> Sp
 def _read_tables(
     root: Path, paths: list[str], name: str, revision: str | None, choices: Choices, left_out: Counter
 ) -> Source:
-    table = tables.read_tables(
-        root, paths, name, image_column=choices.image_column, label_column=choices.label_column
-    )
+    kind = f"a table of labels, whose column {tables.SPLIT_COLUMN!r} says which rows are train and test"
+    choices.refuse_all_but("image_column", "label_column", kind=kind)
+    table = tables.read_tables(root, paths, name, choices)
     splits = {
         split: _file_split(root, table.splits[split], table.classes)
         for split in SPLITS
@@ -257,16 +235,7 @@ def _read_tables(
 def _read_parquet(
     root: Path, files: list[str], name: str, revision: str | None, choices: Choices, tree: folders.Node
 ) -> Source:
-    data = parquet.read_parquet(
-        root,
-        files,
-        name,
-        image_column=choices.image_column,
-        label_column=choices.label_column,
-        config=choices.dataset_config,
-        train_split=choices.train_split,
-        test_split=choices.test_split,
-    )
+    data = parquet.read_parquet(root, files, name, choices)
     left_out: Counter = Counter()
     for split in data.left_out:
         left_out[f"{split} (split)"] += 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from modeling.data.choices import Choices
 from modeling.data.folders import SPLITS, ImageFiles, Node, image_extensions, split_keyword
 from modeling.errors import UserError
 
@@ -28,9 +29,7 @@ class TableSplits:
     tables: list[str]
 
 
-def read_tables(
-    root: Path, paths: list[str], name: str, *, image_column: str | None, label_column: str | None
-) -> TableSplits:
+def read_tables(root: Path, paths: list[str], name: str, choices: Choices) -> TableSplits:
     """Read tables below the folder `root`. The file names in a table are relative to the table's folder.
 
     A column `split`, or else the name of the table or of its folder, says which split a row belongs to;
@@ -46,8 +45,8 @@ def read_tables(
         if not records:
             raise UserError(f"the table {path} of {name} has no rows")
         columns = list(records[0])
-        file_column = _choose(path, columns, FILE_COLUMNS, image_column, "--image-column")
-        label_column = _choose(path, columns, LABEL_COLUMNS, label_column, "--label-column")
+        file_column = _choose(path, columns, FILE_COLUMNS, choices.image_column, "--image-column")
+        label_column = _choose(path, columns, LABEL_COLUMNS, choices.label_column, "--label-column")
         for number, record in enumerate(records, 1):
             place = f"row {number} of {path}"
             split = _split_of(record.get(SPLIT_COLUMN), path, place)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from modeling.data.sources import Choices
+from modeling.data.choices import Choices
 from modeling.errors import UserError
 
 FORMAT_VERSION = 2  # 1 had no digests
