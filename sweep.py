@@ -80,6 +80,7 @@ def compare_runs(files: list[RunFiles], args: argparse.Namespace) -> list[Row]:
     for name in ("mixed_precision", "num_threads", "limit_eval"):
         value = getattr(args, name)
         flags += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    flags += ["--skip-bad-images"] if args.skip_bad_images else []
     words = ["--ckpt", *(one.best for one in files), *flags]
     candidates = evaluation.evaluate_checkpoints(evaluation.build_parser().parse_args(map(str, words)))
     finals = {one.run: checkpoint.read_header(one.final) for one in files}

@@ -1,4 +1,4 @@
-"""What the four scripts share. Nothing here imports a script.
+"""What the scripts share. Nothing here imports a script.
 
 The hour: read train.py, then these files in this order. They are the whole method.
 

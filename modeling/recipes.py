@@ -1,8 +1,8 @@
 """One frozen Recipe per model and size.
 
 `--recipe reference` is the recipe of the notebook that published the model. `--recipe tuned` is our best
-recipe for no more parameters, and for the same epochs unless the dataset is small. A model without a tuned
-recipe uses the reference. A flag that the user gives always wins.
+recipe for no more parameters. It has the same epochs, unless the dataset is small or a backbone has no
+weights. A model without a tuned recipe uses the reference. A flag that the user gives always wins.
 """
 
 import dataclasses

@@ -150,3 +150,11 @@ def test_every_row_of_the_results_table_is_a_command_that_parses(monkeypatch, ca
     assert {args.dataset for args in calls} == {"cifar10", "photos"} and len(calls) == 10
     with pytest.raises(UserError, match="--clothing FOLDER: cnn-clothing"):
         results.main(["--rows", "cnn-clothing", "cnn-tuned"])
+
+
+def test_a_sweep_skips_the_bad_images_of_test_too(tmp_path):
+    make_image_folder(tmp_path / "data", {"train": {"a": 8, "b": 8}, "test": {"a": 3, "b": 3}})
+    (tmp_path / "data/test/a/bad.png").write_bytes(b"no image")
+    words = ("--models", "cnn_small", "--seeds", 1, "--dataset", tmp_path / "data", "--epochs", 1)
+    result = call("sweep", *words, "--batch-size", 4, "--skip-bad-images", "--output-dir", tmp_path)
+    assert result.status == 0 and "1 images cannot be decoded" in result.out
