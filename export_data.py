@@ -26,8 +26,7 @@ from modeling import cli
 from modeling.data import decoding
 from modeling.data.choices import NO_CHOICES, Choices
 from modeling.data.class_names import encode_class
-from modeling.data.division import select_rows
-from modeling.data.known import default_val_fraction
+from modeling.data.division import choose_val_fraction, select_rows
 from modeling.data.sources import Source, load_source
 from modeling.errors import UserError
 from modeling.files import named_errors, write_text
@@ -103,7 +102,7 @@ def export_to_imagefolder(
     output_dir = Path(output_dir).expanduser()
     source = load_source(dataset, choices)
     print(source.describe(), flush=True)
-    val_fraction = val_fraction or default_val_fraction(dataset)
+    val_fraction = choose_val_fraction(source, val_fraction)
     settings = {
         "format_version": 1,
         "dataset": source.name,

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 
 from modeling import models, randomness, recipes
 from modeling.data.choices import Choices
-from modeling.data.division import division_digest, select_rows
+from modeling.data.division import choose_val_fraction, division_digest, select_rows
 from modeling.data.images import Images, count_duplicates, decode, native_size
-from modeling.data.known import default_val_fraction, is_stl10
+from modeling.data.known import is_stl10
 from modeling.data.resize import Preprocessing, preprocess
 from modeling.data.sources import Source, load_source
 from modeling.engine import NonFiniteGuard, StepSettings, fix_ddp_bucket_order
@@ -147,7 +147,7 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
         raise UserError(
             f"{source.name} has only the class {source.classes[0]!r}: a classifier needs at least two"
         )
-    val_fraction = flags["val_fraction"] or default_val_fraction(flags["dataset"])
+    val_fraction = choose_val_fraction(source, flags["val_fraction"])
     images = load_images(source, flags, image_size=image_size, val_fraction=val_fraction)
     say_what_is_odd(source, images)
     image_size = image_size or choose_image_size(

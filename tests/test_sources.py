@@ -1,5 +1,6 @@
 """Names, folders and hub ids become splits and classes."""
 
+import dataclasses
 import errno
 import os
 
@@ -10,10 +11,11 @@ import torch
 from conftest import make_image_folder
 from PIL import Image
 
-from modeling.data.division import select_rows
+from modeling.data.division import choose_val_fraction, select_rows
 from modeling.data.images import decode
 from modeling.data.sources import load_source
 from modeling.data.stratified import stratified
+from modeling.errors import UserError
 
 
 def ramp(height=24, width=16):
@@ -97,6 +99,18 @@ def test_stratified_takes_each_class_by_its_share():
     assert not torch.equal(stratified(labels, 20, 42, 1), stratified(labels, 20, 43, 1))
     sorted_labels = labels.sort().values  # never the first n
     assert stratified(sorted_labels, 10, 42, 1)[0] != 0 or stratified(sorted_labels, 10, 42, 1)[1] != 1
+
+
+def test_the_share_for_validation_depends_on_the_dataset_and_is_refused_where_it_means_nothing(tmp_path):
+    source = load_source("digits")
+    assert choose_val_fraction(source, None) == 0.1 and choose_val_fraction(source, 0.3) == 0.3
+    assert choose_val_fraction(dataclasses.replace(source, name="tanganke/stl10"), None) == 0.2
+    source = load_source(
+        str(make_image_folder(tmp_path, {"train": {"a": 2, "b": 2}, "validation": {"a": 1, "b": 1}}))
+    )
+    assert choose_val_fraction(source, None) == 0.1
+    with pytest.raises(UserError, match="has a validation split: leave out --val-fraction 0.3"):
+        choose_val_fraction(source, 0.3)
 
 
 def test_train_and_validation_divide_the_train_split():

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from modeling import randomness
+from modeling.data.known import DEFAULT_VAL_FRACTION, find_known
 from modeling.data.sources import Source
 from modeling.data.stratified import stratified
 from modeling.errors import UserError
@@ -36,6 +37,17 @@ def describe_change(source: Source, trained_on: dict) -> str | None:
     if now != then:
         return f"its train split has {now:,} images and had {then:,}"
     return f"the labels or files of its {now:,} training images changed"
+
+
+def choose_val_fraction(source: Source, given: float | None) -> float:
+    """Give the share of train that becomes validation if the dataset has no validation split.
+
+    given is what the user chose, or None. UserError: the user chose a share, but the dataset has the split.
+    """
+    if given and "validation" in source.splits:
+        raise UserError(f"{source.name} has a validation split: leave out --val-fraction {given}")
+    known = find_known(source.name)
+    return given or (known.val_fraction if known else DEFAULT_VAL_FRACTION)
 
 
 def select_rows(

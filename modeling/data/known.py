@@ -59,9 +59,3 @@ def is_stl10(dataset: str) -> bool:
     """Tell whether a --dataset value names STL-10, by its short name or its hub id."""
     known = find_known(dataset)
     return known is not None and known.name == "stl10"
-
-
-def default_val_fraction(dataset: str) -> float:
-    """Give the share of train that becomes validation if the dataset has no validation split."""
-    known = find_known(dataset)
-    return known.val_fraction if known else DEFAULT_VAL_FRACTION
