@@ -130,7 +130,7 @@ def main() -> None:
     add("work", choices=NOTEBOOK_EPOCHS)
     add("--data", type=Path, required=True)
     add("--epochs", type=int, default=5, help="of train.py (default: 5)")
-    add("--repeats", type=int, default=3, help="pairs of runs, with seeds 1, 2, ... (default: 3)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the pairs of runs (default: 1 2 3)")
     add("--split", type=Path, help=argparse.SUPPRESS)  # it and --seed are for the process of the notebook
     add("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
         return
     print("| seed | target accuracy | notebook, s | train.py, s | ratio |\n|---|---|---|---|---|")
     pairs = []
-    for seed in range(1, args.repeats + 1):
+    for seed in args.seeds:
         target, theirs, our = run_pair(args, seed)
         shown = "not reached |" if our is None else f"{our:.0f} | {theirs / our:.1f}"
         print(f"| {seed} | {target:.4f} | {theirs:.0f} | {shown} |", flush=True)

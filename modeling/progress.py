@@ -23,8 +23,7 @@ class Progress:
         self.total = total
         self.description = description
         self.unit = unit
-        self.done = done
-        self.count = 0
+        self.count = self.done = done
         self.started = self.logged = time.monotonic()
         self.is_shown = everywhere or is_main_process()
         self.bar = None
