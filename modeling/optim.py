@@ -110,21 +110,18 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 def learning_rate(
     step: int, *, base: float, total_steps: int, warmup_steps: int = 0, schedule: str = "cosine"
 ) -> float:
-    """The learning rate of update number `step` (from 0): linear warm-up to `base`, then a schedule.
+    """The learning rate of update number `step` (from 0): linear warm-up to `base`, then constant or cosine.
 
-    "constant" stays at `base`. "linear" and "cosine" start at `base` and are 0 at step `total_steps`, so the
-    last update, step total_steps - 1, is a little above 0. The cosine is that of SGDR (Loshchilov & Hutter,
-    https://arxiv.org/abs/1608.03983).
+    The cosine (Loshchilov & Hutter, SGDR, https://arxiv.org/abs/1608.03983) starts at `base` and is 0 at step
+    `total_steps`. The last update is step total_steps - 1, so its learning rate is a little above 0.
     """
     if step < warmup_steps:
         return base * (step + 1) / warmup_steps
     if schedule == "constant":
         return base
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if schedule == "linear":
-        return base * (1 - progress)
     assert schedule == "cosine", schedule
-    return base * 0.5 * (1 + math.cos(math.pi * progress))
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return base * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class Ema:

@@ -38,11 +38,6 @@ def test_warmup_rises_linearly_to_the_base():
     assert all(a >= b for a, b in itertools.pairwise(warm[10:]))
 
 
-def test_linear_falls_by_the_same_amount_each_step():
-    rates_of_ten = rates(total=10, schedule="linear", warmup_steps=2)
-    assert rates_of_ten == pytest.approx([0.05, 0.1, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
-
-
 def test_constant():
     assert set(rates(schedule="constant")) == {0.1}
     assert rates(schedule="constant", warmup_steps=4)[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
