@@ -46,7 +46,6 @@ def build_parser() -> cli.Parser:
     inputs = parser.add_argument_group("input")
     inputs.add_argument(
         "--dataset",
-        default="stl10",
         help="stl10, cifar10, digits, a hub id (@REVISION) or a local folder (default: stl10)",
     )
     inputs.add_argument(
@@ -110,6 +109,7 @@ def export_to_imagefolder(
         "seed": seed,
         "val_fraction": val_fraction,
         "classes": {name: encode_class(name) for name in source.classes},
+        "choices": choices.differences(NO_CHOICES) or None,
     }
     splits = ["train", "validation"]
     if "test" in source.splits:
@@ -292,6 +292,8 @@ def main(argv: list[str] | None = None) -> int:
     refuse_processes()
     torch.set_num_threads(1)  # the tensors here are too small to share among threads
     if args.verify:
+        if args.dataset or args.val_fraction or Choices.of(vars(args)) != NO_CHOICES:
+            raise UserError("--verify reads only the files of --output-dir: leave out the flags of the input")
         problems = verify_dataset(args.output_dir)
         if problems:
             print("\n".join(problems))
@@ -301,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{count} images in {folder}/ have the same pixels as an image in train/.")
         return 0
     manifest = export_to_imagefolder(
-        args.dataset,
+        args.dataset or "stl10",
         args.output_dir,
         val_fraction=args.val_fraction,
         seed=args.seed,

@@ -54,8 +54,18 @@ def build_parser() -> cli.Parser:
     parser.description = __doc__
     parser.set_defaults(model=None, seed=None)
     add = parser.add_argument_group("sweep (instead of --model, --seed and --run-name)").add_argument
-    add("--models", nargs="+", required=True, metavar="MODEL", help="train each of these")
-    add("--seeds", nargs="+", type=cli.SEED, default=[1, 2, 3], metavar="SEED", help="(default: 1 2 3)")
+    add(
+        "--models", nargs="+", action=cli.ListOnce, required=True, metavar="MODEL", help="train each of these"
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        action=cli.ListOnce,
+        type=cli.SEED,
+        default=[1, 2, 3],
+        metavar="SEED",
+        help="(default: 1 2 3)",
+    )
     return parser
 
 
@@ -104,7 +114,8 @@ def compare_runs(files: list[RunFiles], args: argparse.Namespace) -> list[Row]:
 def run_sweep(args: argparse.Namespace) -> list[Row]:
     """Train, compare, and return a row for each model, the most accurate one first."""
     for name in NOT_OF_A_SWEEP:
-        if getattr(args, name):
+        value = getattr(args, name)
+        if value is not None and value is not False:  # the seed may be 0
             build_parser().error(f"--{name.replace('_', '-')} is not for a sweep: give --models and --seeds")
     return compare_runs(train_all(args), args)
 

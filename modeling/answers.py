@@ -21,6 +21,7 @@ class Answers:
 
     rows (N,) int64: the images' rows in the split, each once. labels (N,) int64: class numbers.
     log_probabilities (N, C) float32. dataset: its name, followed by @ and the revision if it has one.
+    images_sha256: equal for the same files and labels.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Answers:
     header: dict[str, Any]
     dataset: str
     split: str
+    images_sha256: str
     classes: list[str]
     rows: np.ndarray
     labels: np.ndarray
@@ -50,6 +52,7 @@ class Model:
     header: dict[str, Any]
     dataset: str
     split: str
+    images_sha256: str
     classes: list[str]
     rows: np.ndarray
     labels: np.ndarray
@@ -149,6 +152,7 @@ def summarize(answers: Answers, keep: type = np.float32) -> Model:
         header=answers.header,
         dataset=answers.dataset,
         split=answers.split,
+        images_sha256=answers.images_sha256,
         classes=answers.classes,
         rows=rows,
         labels=labels,

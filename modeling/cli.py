@@ -51,6 +51,15 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(argv)
 
 
+class ListOnce(argparse.Action):
+    """Store the values of a flag. A second use of the flag is an error: it would replace the first values."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{option_string} is given twice: give all its values at once")
+        setattr(namespace, self.dest, values)
+
+
 def number(
     kind: type = float,
     *,

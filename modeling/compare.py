@@ -178,7 +178,7 @@ def recipe_key(model: Model) -> str:
         name: value for name, value in model.header.get("dataset", {}).items() if name != "train_sha256"
     }
     kind = model.path.stem.rpartition("_")[2] if model.path.stem.endswith(("_best", "_final")) else ""
-    content = [header, arguments, trained_on, kind, model.dataset, model.split]
+    content = [header, arguments, trained_on, kind, model.dataset, model.split, model.images_sha256]
     return json.dumps(content, sort_keys=True)
 
 
@@ -228,10 +228,10 @@ def _make_entry(name: str, runs: list[Model]) -> Entry:
     return Entry(name, runs, accuracy, shown)
 
 
-def _family(entry: Entry) -> tuple[str, str, frozenset[str]]:
-    """Return the dataset, split and classes of an entry. Entries where these differ are not compared."""
+def _family(entry: Entry) -> tuple[str, str, str, frozenset[str]]:
+    """Return the dataset, split, images and classes. Entries where these differ are not compared."""
     model = entry.runs[0]
-    return model.dataset, model.split, frozenset(model.classes)
+    return model.dataset, model.split, model.images_sha256, frozenset(model.classes)
 
 
 def common_rows(models: Sequence[Model]) -> np.ndarray:

@@ -37,7 +37,8 @@ COMPARISON_FILES = (
 class Candidate:
     """One evaluated checkpoint: its model in eval mode, its images, and its predictions for them.
 
-    dataset is a name, followed by @ and the revision if it has one.
+    dataset is a name, followed by @ and the revision if it has one. images_sha256 is the digest of the split
+    (`division.split_digest`).
     """
 
     name: str
@@ -48,6 +49,7 @@ class Candidate:
     predictions: Predictions
     dataset: str
     split: str
+    images_sha256: str
 
 
 def keep_older_comparison(traces: Path) -> None:
@@ -104,6 +106,7 @@ def summarize_candidate(candidate: Candidate) -> Model:
         header=candidate.header,
         dataset=candidate.dataset,
         split=candidate.split,
+        images_sha256=candidate.images_sha256,
         classes=candidate.header["classes"],
         rows=candidate.predictions.rows.numpy(),
         labels=candidate.predictions.labels.numpy(),

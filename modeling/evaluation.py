@@ -10,12 +10,12 @@ from accelerate import Accelerator
 
 from modeling import cli, metrics, models, report
 from modeling.comparison_files import Candidate, keep_older_comparison, write_comparison
-from modeling.data.choices import NO_CHOICES, Choices
-from modeling.data.division import describe_change, select_rows
+from modeling.data.choices import Choices
+from modeling.data.division import describe_change, select_rows, split_digest
 from modeling.data.folders import SPLITS
 from modeling.data.images import Images, decode
 from modeling.data.resize import Preprocessing
-from modeling.data.sources import Source, load_source
+from modeling.data.sources import Source, full_name, load_source
 from modeling.engine import predict
 from modeling.errors import UserError
 from modeling.files import write_text
@@ -34,6 +34,7 @@ def build_parser(description: str = "") -> cli.Parser:
         "--ckpt",
         type=cli.path,
         nargs="+",
+        action=cli.ListOnce,
         required=True,
         metavar="FILE",
         help="one or more checkpoints that train.py wrote",
@@ -134,16 +135,20 @@ class Evaluation:
                 f"{self.source.name} has no split {self.split!r}, only {', '.join(self.source.splits)}: "
                 "choose one of these with --split"
             )
-        if divides and changed and self.split == "validation" and not force:
-            raise UserError(
-                f"{self.source.name} changed since {path} was trained: {changed}. Its validation images may "
-                "have been trained on: give other images with --dataset, or --force"
-            )
+        if is_own and changed:
+            warning = f"{self.source.name} changed since {path} was trained: {changed}. "
+            warning += f"Its {self.split} images may have been trained on"
+            if divides and self.split == "validation" and not force:
+                raise UserError(f"{warning}: give other images with --dataset, or --force")
+            print(f"{warning}.")
+        self.other_choices = self.source.choices.differences(Choices(**trained_on["read"]["choices"]))
         self.name = name
         if self.split != default_split or not is_own:
             self.name += f"_{self.split}"
         if not is_own:
             self.name += f"_{models.file_name(Path(self.source.name).name)}"
+        elif self.other_choices:
+            self.name += f"_{models.file_name(self.other_choices)}"
         self.source_split, self.rows = select_rows(
             self.source,
             self.split,
@@ -154,14 +159,12 @@ class Evaluation:
         )
 
     def _dataset_and_choices(self, dataset: str | None, choices: Choices) -> tuple[str, Choices]:
-        """By default the checkpoint's dataset, read as in training."""
+        """By default the checkpoint's dataset. It is read as in training, unless `choices` say otherwise."""
         trained_on = self.header["dataset"]
-        own_dataset = trained_on["name"]
-        if trained_on["revision"]:
-            own_dataset += f"@{trained_on['revision']}"
-        if dataset in (None, own_dataset) and choices == NO_CHOICES:
-            choices = Choices(**trained_on["read"]["choices"])
-        return dataset or own_dataset, choices
+        if dataset is None or full_name(dataset) == trained_on["name"]:
+            choices = choices.over(Choices(**trained_on["read"]["choices"]))
+        revision = f"@{trained_on['revision']}" if trained_on["revision"] else ""
+        return dataset or trained_on["name"] + revision, choices
 
     def _default_split(self, is_own: bool) -> str:
         """Test where there is one, else validation. Of another dataset without them, all there is."""
@@ -220,6 +223,7 @@ class Evaluation:
             predictions=predictions,
             dataset=self.dataset,
             split=self.split,
+            images_sha256=split_digest(self.source, self.source_split),
         )
 
     def result(self, candidate: Candidate) -> report.Evaluated:
@@ -228,7 +232,7 @@ class Evaluation:
         row = {
             "checkpoint": str(self.path),
             "model": self.header["model"]["name"],
-            "dataset": self.source.name,
+            "dataset": self.source.name + (f" ({self.other_choices})" if self.other_choices else ""),
             "split": self.split,
             "num_samples": len(candidate.images),
             **metrics.compute(candidate.predictions),
@@ -236,7 +240,12 @@ class Evaluation:
             "trainable_parameters": trainable,
         }
         return report.Evaluated(
-            self.name, row, candidate.predictions, self.header["classes"], candidate.images.file_of
+            name=self.name,
+            row=row,
+            predictions=candidate.predictions,
+            classes=self.header["classes"],
+            file_of=candidate.images.file_of,
+            images_sha256=candidate.images_sha256,
         )
 
 
@@ -317,8 +326,7 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Candidate]:
                 report.write_evaluation(traces, one)
                 report.update_metrics_csv(traces / "metrics.csv", [one.row])
         print(
-            f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, "
-            f"{one.row['num_samples']:,} images: "
+            f"{evaluation.path}: {one.row['split']} of {one.row['dataset']}, {len(images):,} images: "
             f"accuracy {one.row['accuracy']:.4f}, macro F1 {one.row['macro_f1']:.4f}",
             flush=True,
         )

@@ -21,6 +21,7 @@ from modeling.data.batches import training_steps
 from modeling.data.images import Images
 from modeling.data.resize import Preprocessing, preprocess
 from modeling.errors import UserError
+from modeling.files import write_text
 from modeling.models.backbones import ViTLinearProbe
 
 # The source files that compute views and features. If one changes, kept features are computed anew.
@@ -31,9 +32,10 @@ class FeatureViews:
     """The features of one split: a file for each view, (N, D) float32, mapped into memory.
 
     A view is computed as a whole, in the same batches as in a run without kept features, so its bits are the
-    same. It is written to a temporary file, which is renamed when it is complete. The folder's name is a hash
-    of everything that the bits depend on: the backbone's weights, the images, `content` (preprocessing,
-    augmentation, seed, batches), the hardware, precision, threads, versions and source code.
+    same. It is written to a temporary file, which is renamed when it is complete. A file with its SHA-256
+    stands beside it. The folder's name is a hash of everything that the bits depend on: the backbone's
+    weights, the images, `content` (preprocessing, augmentation, seed, batches), the hardware, precision,
+    threads, versions and source code.
     """
 
     def __init__(self, accelerator: Accelerator, probe: ViTLinearProbe, images: Images, content: list[Any]):
@@ -56,9 +58,8 @@ class FeatureViews:
         if self.opened_name == name:
             return self.opened
         path = self.folder / name
-        is_missing = not path.is_file() or path.stat().st_size != 4 * self.shape[0] * self.shape[1]
-        missing = torch.tensor([is_missing], device=self.accelerator.device)
-        # If the file is missing on any machine, all processes compute it together.
+        missing = torch.tensor([not _is_whole(path)], device=self.accelerator.device)
+        # If the file is missing or damaged on any machine, all processes compute it together.
         if bool(self.accelerator.gather(missing).any()):
             self._compute(path, batches())
             self.accelerator.wait_for_everyone()
@@ -84,6 +85,7 @@ class FeatureViews:
                     features = self.probe.features(batch.x)
                 positions, features = self._gather(batch.positions, features)
                 view[positions] = features
+            write_text(_digest_file(path), _digest(temporary))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -198,6 +200,24 @@ class ProbeFeatures:
             pixels, sizes = images.gather(positions)
             x = preprocess(pixels.to(self.accelerator.device), sizes, self.preprocessing)
             yield FeatureBatch(x, positions if has_turn else torch.tensor([-1]))
+
+
+def _digest_file(path: Path) -> Path:
+    return path.with_name(f"sha256_{path.name}")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file of a view exists and has the digest that was written beside it."""
+    try:
+        return _digest_file(path).read_bytes() == _digest(path).encode()
+    except OSError:
+        return False
 
 
 def _create_file(path: Path, num_bytes: int) -> Path:

@@ -35,6 +35,7 @@ def build_parser(description: str = "") -> cli.Parser:
     workload.add_argument(
         "--models",
         nargs="+",
+        action=cli.ListOnce,
         default=["cnn", "vit"],
         metavar="MODEL",
         help=f"models to compare: {names} (default: cnn vit)",
@@ -51,6 +52,7 @@ def build_parser(description: str = "") -> cli.Parser:
         "--batch-sizes",
         "--batch-size",
         nargs="+",
+        action=cli.ListOnce,
         type=cli.POSITIVE_INT,
         default=[32],
         metavar="N",
@@ -59,6 +61,7 @@ def build_parser(description: str = "") -> cli.Parser:
     workload.add_argument(
         "--precisions",
         nargs="+",
+        action=cli.ListOnce,
         choices=PRECISIONS,
         help="precisions to compare: no, bf16, fp16 (default: that of --mixed-precision)",
     )

@@ -42,7 +42,8 @@ NUM_TOP = 5
 class Evaluated:
     """One evaluated checkpoint. `name` is part of its file names, `row` is its row of metrics.csv.
 
-    file_of gives the file of a row of the dataset's split, "" where it has none.
+    file_of gives the file of a row of the dataset's split, "" where it has none. images_sha256 is the digest
+    of that split.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Evaluated:
     predictions: Predictions
     classes: list[str]
     file_of: Callable[[int], str]
+    images_sha256: str
 
 
 # The heading and the number of decimals of a column. Other columns keep their name and have four decimals.
@@ -277,7 +279,10 @@ def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     ranked = sorted(evaluated, key=lambda one: -one.row["accuracy"])
     rows = [_comparison_row(one) for one in ranked]
     parts = []
-    evaluated_on = {(one.row["dataset"], one.row["split"], one.row["num_samples"]) for one in ranked}
+    evaluated_on = {
+        (one.row["dataset"], one.row["split"], one.images_sha256, tuple(one.predictions.rows.tolist()))
+        for one in ranked
+    }
     if len(evaluated_on) > 1:
         parts.append("These models were evaluated on different images, so do not trust their differences.")
     parts.append("Models, the most accurate first")

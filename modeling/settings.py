@@ -130,7 +130,7 @@ def resolve(
 
     batch_size = flag_or_recipe("batch_size")
     steps_per_epoch = math.ceil(num_train_images / batch_size)
-    if flags["epochs"] is None:
+    if flags["epochs"] is None and flags["max_steps"] is None:
         recipe = recipe.stretched(steps_per_epoch)
     total_steps = flags["max_steps"] or flag_or_recipe("epochs") * steps_per_epoch
     return Settings(

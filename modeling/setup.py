@@ -122,13 +122,18 @@ class Run:
     def num_train_images(self) -> int:
         return len(self.images["train"])
 
+    @property
+    def warmup_steps(self) -> int:
+        """The updates in which the learning rate rises."""
+        return round(self.settings.warmup_epochs * self.settings.steps_per_epoch)
+
     def learning_rate(self, step: int) -> float:
         """The learning rate of update number `step` (from 0)."""
         return learning_rate(
             step,
             base=self.settings.lr,
             total_steps=self.settings.total_steps,
-            warmup_steps=round(self.settings.warmup_epochs * self.settings.steps_per_epoch),
+            warmup_steps=self.warmup_steps,
             schedule=self.settings.schedule,
         )
 
@@ -167,7 +172,8 @@ def set_up(flags: Mapping[str, Any], accelerator: Accelerator, files: RunFiles) 
     model_args |= {"name": flags["model"], "num_classes": len(source.classes), "image_size": image_size}
     use_deterministic_algorithms(flags["deterministic"])
     torch.manual_seed(randomness.seed(flags["seed"], randomness.INIT))
-    raw_model = models.build_model(**model_args, weights=weights)
+    new_head = weights.classes not in (None, source.classes)
+    raw_model = models.build_model(**model_args, weights=weights, new_head=new_head)
     preprocessing = models.preprocessing(flags["model"], recipe, image_size, weights)
     if isinstance(raw_model, models.CNNFast) and not weights.path:
         raw_model.whiten(whitening_images(images["train"], preprocessing))
@@ -287,6 +293,8 @@ def describe(run: Run) -> str:
     micro_batch = math.ceil(settings.batch_size / accumulation / processes)
     plural = "es" if processes > 1 else ""
     last_lr = run.learning_rate(settings.total_steps - 1)
+    # A run shorter than its warm-up never reaches --lr.
+    schedule = settings.schedule if run.warmup_steps < settings.total_steps else "only warm-up,"
     return "\n".join(
         [
             f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, "
@@ -296,7 +304,7 @@ def describe(run: Run) -> str:
             f"batch      {settings.batch_size} = processes {processes} x accumulation {accumulation} "
             f"x micro-batch {micro_batch}",
             f"optimizer  {settings.optimizer}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}, "
-            f"{settings.schedule} to {last_lr:.3g}, recipe {settings.recipe}",
+            f"{schedule} to {last_lr:.3g}, recipe {settings.recipe}",
             f"length     {settings.epochs} epochs, {settings.total_steps:,} steps",
             f"hardware   {run.accelerator.device.type}, {processes} process{plural} of "
             f"{settings.num_threads} threads, "

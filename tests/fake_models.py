@@ -46,6 +46,7 @@ def fake_answers(
     classes: list[str] | None = None,
     dataset: str = "digits",
     split: str = "test",
+    images_sha256: str = "0123",
     header: dict[str, Any] | None = None,
     path: Path | None = None,
 ) -> Answers:
@@ -58,6 +59,7 @@ def fake_answers(
         header=fake_header(name) if header is None else header,
         dataset=dataset,
         split=split,
+        images_sha256=images_sha256,
         classes=classes or [f"class {number}" for number in range(num_classes)],
         rows=np.arange(len(labels)) if rows is None else rows,
         labels=labels,

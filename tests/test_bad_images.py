@@ -106,8 +106,10 @@ def test_a_damaged_store_is_built_again(folder, tmp_path, damage):
     assert (path / "pixels").read_bytes() == whole
 
 
-def test_a_12_bit_image_is_warned_about_once(capsys):
-    for brightest, says in ((65535, ""), (4095, "12-bit"), (4095, "")):
+@pytest.mark.parametrize("dark", [255, 4095])
+def test_a_16_bit_image_of_fewer_bits_is_warned_about_once(capsys, monkeypatch, dark):
+    monkeypatch.setattr(decoding, "_warned_of_12_bits", [])
+    for brightest, says in ((65535, ""), (dark, f"no value above {dark}"), (dark, "")):
         buffer = io.BytesIO()
         Image.fromarray(np.array([[0, brightest]], dtype=np.uint16)).save(buffer, "TIFF")
         decoding.read_image({"bytes": buffer.getvalue(), "path": None}, "row 3")

@@ -122,6 +122,14 @@ def test_a_view_of_the_wrong_length_is_computed_again(tmp_path, cache):
     assert same(whole, train(tmp_path / "again", *flags))
 
 
+def test_a_view_of_other_bytes_is_computed_again(tmp_path, cache):
+    flags = ("--epochs", 2, "--feature-views", 2)
+    whole = train(tmp_path / "whole", *flags)
+    for path in cache.glob("*/view_*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert same(whole, train(tmp_path / "again", *flags))
+
+
 def test_killed_and_resumed_it_ends_the_same(tmp_path, cache):
     env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     flags = [*FLAGS, "--epochs", 4, "--feature-views", 2, "--checkpoint-every", 1, "--output-dir", tmp_path]

@@ -43,6 +43,7 @@ def evaluated(name="run", classes=ODD, n=200, seed=0, wrong=0.3, true_classes=No
         p,
         classes,
         lambda row: f"test/{row}.png",
+        "0123",
     )
 
 

@@ -23,11 +23,18 @@ class Card:
     class_names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     default: str | None = None
 
+    def names_of(self, config: str | None, column: str) -> list[str] | None:
+        """The class names of a column, or None. A card of a single configuration speaks of every file."""
+        configs = {name for name, _ in self.class_names}
+        if config is None:
+            config = configs.pop() if len(configs) == 1 else "default"
+        return self.class_names.get((config, column))
+
 
 def read_card(root: Path) -> Card:
     """Read the YAML at the top of README.md. A card that is missing or broken says nothing.
 
-    UserError: a pattern names files outside the folder.
+    UserError: a pattern names files outside the folder, or the class names have no numbers.
     """
     try:
         text = (root / "README.md").read_text(encoding="utf-8")
@@ -50,11 +57,21 @@ def read_card(root: Path) -> Card:
             kind = feature.get("dtype")
             names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
             if isinstance(names, dict):
-                names = list(names.values())
+                names = _in_order(names)
             if isinstance(names, list):
                 key = (str(info.get("config_name", "default")), str(feature.get("name")))
                 card.class_names[key] = [str(name) for name in names]
     return card
+
+
+def _in_order(names: dict) -> list:
+    """Give class names in the order of their numbers, which YAML may hold as text: "10" after "9"."""
+    numbers = {str(number): name for number, name in names.items()}
+    if set(numbers) != set(map(str, range(len(numbers)))):
+        raise UserError(
+            f"README.md numbers its classes {', '.join(numbers)}: they must be 0 to {len(numbers) - 1}"
+        )
+    return [numbers[str(number)] for number in range(len(numbers))]
 
 
 def _dicts(value: Any) -> list[dict]:

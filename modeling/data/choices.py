@@ -28,9 +28,22 @@ class Choices:
             test_split=flags["test_split"],
         )
 
+    def over(self, others: "Choices") -> "Choices":
+        """These choices, and those of `others` where there is none."""
+        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
+        return Choices(*(theirs if own is None else own for own, theirs in pairs))
+
+    def differences(self, others: "Choices") -> str:
+        """The choices that `others` made differently, as words: "test_split 2024"."""
+        theirs = vars(others)
+        own = {name: value for name, value in vars(self).items() if value and value != theirs[name]}
+        return " ".join(f"{name} {value}" for name, value in own.items())
+
     @property
     def splits(self) -> dict[str, str]:
-        """Which split each chosen name is."""
+        """Which split each chosen name is. UserError: both are one."""
+        if self.train_split and self.train_split == self.test_split:
+            raise UserError(f"--train-split and --test-split are both {self.train_split}: name two splits")
         return {
             name: split for name, split in ((self.train_split, "train"), (self.test_split, "test")) if name
         }

@@ -70,9 +70,7 @@ def choose_label_column(
 ) -> str:
     """Give the column of labels. UserError: there is none, or several and none was chosen."""
     candidates = [
-        column
-        for column in schema.names
-        if class_names(schema, column) or (config or "default", column) in card.class_names
+        column for column in schema.names if class_names(schema, column) or card.names_of(config, column)
     ]
     plain = [field.name for field in schema if is_plain_label(field.type)]
     candidates = candidates or [column for column in plain if column in LABEL_COLUMNS] or plain

@@ -91,13 +91,13 @@ def read_image(cell: dict, described_as: str) -> Image.Image:
 
 
 def _warn_of_12_bits(image: Image.Image, name: str) -> None:
-    """Say once that 16-bit pixels which fill only 12 bits will look nearly black."""
+    """Say once that 16-bit pixels which fill at most 12 bits will look nearly black."""
     brightest = int(np.asarray(image).max())
-    if 255 < brightest < 4096 and not _warned_of_12_bits:
+    if 0 < brightest < 4096 and not _warned_of_12_bits:
         _warned_of_12_bits.append(name)
         print(
-            f"The 16-bit image {name} has no value above {brightest}, as 12-bit data: it will look nearly "
-            "black. Scale such images to 16 bits first.",
+            f"The 16-bit image {name} has no value above {brightest}, as data of fewer bits: it will look "
+            "nearly black. Scale such images to 16 bits first.",
             flush=True,
         )
 

@@ -12,15 +12,18 @@ from modeling.errors import UserError
 
 
 def division_digest(source: Source) -> str | None:
-    """Give the SHA-256 of the labels and files of the train split before it is divided; None without one.
-
-    The files count by their paths in the dataset's folder and their sizes.
+    """Give the digest of the train split before it is divided; None without one.
 
     Two datasets with the same digest divide into the same train and validation images.
     """
-    if "train" not in source.splits:
-        return None
-    split = source.splits["train"]
+    return split_digest(source, "train") if "train" in source.splits else None
+
+
+def split_digest(source: Source, split_name: str) -> str:
+    """Give the SHA-256 of the labels and files of a split. Of a file, its path in the dataset's folder and
+    its size count.
+    """
+    split = source.splits[split_name]
     names = [source.classes[number] for number in split.labels.tolist()]
     return hashlib.sha256("\0".join([split.identity, *names]).encode()).hexdigest()
 

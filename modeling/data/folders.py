@@ -20,6 +20,7 @@ from modeling.data.class_names import decode_class
 from modeling.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+SPLIT_COLUMN = "split"  # of a table, in lower or upper case
 
 # The words that name a split, as in the library `datasets`.
 SPLIT_KEYWORDS = {

@@ -23,7 +23,7 @@ from modeling.data.columns import (
     image_columns,
     is_plain_label,
 )
-from modeling.data.folders import SPLITS, digest_files, split_keyword
+from modeling.data.folders import SPLIT_COLUMN, SPLITS, digest_files, split_keyword
 from modeling.data.tables import sort_labels
 from modeling.errors import UserError
 
@@ -67,6 +67,7 @@ def read_parquet(root: Path, files: list[str], name: str, choices: Choices) -> P
     first = next(iter(schemas))
     image_column = choose_image_column(schemas[first], choices.image_column, name)
     label_column = choose_label_column(schemas[first], choices.label_column, name, card, config)
+    _refuse_split_column(root, schemas, label_column, name)
     labels = {}
     for split, split_files in by_split.items():
         labels[split] = []
@@ -76,9 +77,7 @@ def read_parquet(root: Path, files: list[str], name: str, choices: Choices) -> P
                     raise UserError(
                         f"{file} of {name} has no column {column!r}, only {', '.join(schemas[file].names)}"
                     )
-            known = class_names(schemas[file], label_column) or card.class_names.get(
-                (config or "default", label_column)
-            )
+            known = class_names(schemas[file], label_column) or card.names_of(config, label_column)
             labels[split].append(_read_labels(root / file, file, label_column, known, split))
     classes = _merge_classes([one for several in labels.values() for one in several], name)
     number = {class_name: i for i, class_name in enumerate(classes)}
@@ -132,10 +131,23 @@ def _group_by_split(
         named = [folder for folder in folders if not split_keyword(folder)]
         splits = by_config.setdefault(named[0] if named else "", {})
         splits.setdefault(_split_name(base, folders), []).append(file)
-    if len(by_config) == 1:
-        return None, next(iter(by_config.values()))
+    if config and list(by_config) == [""]:
+        raise UserError(f"{name} has no configurations: leave out --dataset-config {config}")
     config = _choose_config(config, list(by_config), None, name)
-    return config, by_config[config]
+    return config if len(by_config) > 1 else None, by_config[config]
+
+
+def _refuse_split_column(root: Path, schemas: dict[str, pa.Schema], label_column: str, name: str) -> None:
+    """UserError: a column says which rows are train and which are test. It would go unread."""
+    for file, schema in schemas.items():
+        for column in schema.names:
+            if column.lower() == SPLIT_COLUMN and column != label_column:
+                values = pq.read_table(root / file, columns=[column])[column].unique().to_pylist()
+                if len(values) > 1 and any(split_keyword(str(value)) for value in values):
+                    raise UserError(
+                        f"{file} of {name} has rows of several splits (column {column!r}): write each split "
+                        "to a parquet file of its own, such as train.parquet"
+                    )
 
 
 def _split_name(base: str, folders: list[str]) -> str:

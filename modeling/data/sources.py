@@ -92,6 +92,14 @@ class Source:
         }
 
 
+def full_name(dataset: str) -> str:
+    """Give the name that `load_source` gives the source of a --dataset value: its path or hub id."""
+    known, path = find_known(dataset), Path(dataset).expanduser()
+    if path.exists() and not (known and dataset == known.name):
+        return str(path.resolve())
+    return (known and known.hub_id) or dataset.partition("@")[0]
+
+
 def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
     """Load `digits`, `stl10`, `cifar10`, a local folder, a table of labels, or a hub id.
 
@@ -100,13 +108,17 @@ def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
     UserError: the dataset does not exist, there is no network, it can be read in several ways, or it has no
     images or no classes, or a choice does not apply to it.
     """
-    if name == "digits":
-        choices.refuse_all_but(kind="digits")
-        return _digits()
     path = Path(name).expanduser()
     hub_id, at, revision = name.partition("@")
     known = find_known(hub_id)
     is_short_name = known is not None and name == known.name
+    if is_short_name and path.is_dir():
+        print(
+            f"The folder {name} is not read: {name} is the name of a dataset. For the folder, give ./{name}"
+        )
+    if name == "digits":
+        choices.refuse_all_but(kind="digits")
+        return _digits()
     if path.is_dir() and not is_short_name:  # a folder called "stl10" does not hide the dataset
         return _read_folder(path.resolve(), str(path.resolve()), None, choices)
     if path.is_file() and path.suffix.lower() in tables.EXTENSIONS:

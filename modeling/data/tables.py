@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from modeling.data.choices import Choices
-from modeling.data.folders import SPLITS, ImageFiles, Node, image_extensions, split_keyword
+from modeling.data.folders import SPLIT_COLUMN, SPLITS, ImageFiles, Node, image_extensions, split_keyword
 from modeling.errors import UserError
 
 FILE_COLUMNS = ("file_name", "path", "image", "filename")
 LABEL_COLUMNS = ("label", "class", "target")
-SPLIT_COLUMN = "split"
 EXTENSIONS = (".csv", ".tsv", ".jsonl")
 
 
@@ -45,11 +44,16 @@ def read_tables(root: Path, paths: list[str], name: str, choices: Choices) -> Ta
         if not records:
             raise UserError(f"the table {path} of {name} has no rows")
         columns = list(records[0])
+        split_column = next(
+            (column for column in columns if str(column).lower() == SPLIT_COLUMN), SPLIT_COLUMN
+        )
         file_column = _choose(path, columns, FILE_COLUMNS, choices.image_column, "--image-column")
         label_column = _choose(path, columns, LABEL_COLUMNS, choices.label_column, "--label-column")
         for number, record in enumerate(records, 1):
             place = f"row {number} of {path}"
-            split = _split_of(record.get(SPLIT_COLUMN), path, place)
+            if None in record:
+                raise UserError(f"{place} has more cells than the table has columns: quote cells with commas")
+            split = _split_of(record.get(split_column), path, place)
             file = _resolve(root, path, record.get(file_column), place)
             label = record.get(label_column)
             if label is None or label == "":

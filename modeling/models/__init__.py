@@ -54,11 +54,13 @@ def build_model(
     num_classes: int,
     image_size: int,
     weights: Weights | Path | None = None,
+    new_head: bool = False,
     **model_args: Any,
 ) -> nn.Module:
     """Build a model: images (B, 3, image_size, image_size), float32 -> logits (B, num_classes).
 
-    Weights are drawn from torch's generator, then replaced by those of the file `weights`, if it is given.
+    Weights are drawn from torch's generator, then replaced by those of the file `weights`, if it is given
+    (with `new_head`, all but those of the last layer).
     model_args go to the constructor, because each model has arguments of its own. Those that the record of
     `weights` has are used too. UserError: the name is unknown, the model cannot take the image size, or the
     weights do not fit.
@@ -85,7 +87,7 @@ def build_model(
             )
     model = constructor(num_classes=num_classes, image_size=image_size, **model_args)
     if path:
-        load_state(model, tensors, path)
+        load_state(model, tensors, path, new_head=new_head)
     return set_memory_layout(model)
 
 

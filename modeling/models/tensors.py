@@ -52,11 +52,14 @@ def head_keys(model: nn.Module) -> list[str]:
     return [key for key in model.state_dict() if key.startswith(tuple(f"{head}." for head in heads))]
 
 
-def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> None:
+def load_state(
+    model: nn.Module, state: dict[str, torch.Tensor], path: Path, *, new_head: bool = False
+) -> None:
     """Load the tensors of a file, of timm or of this project, into `model`, and say what stays new.
 
     The prefixes of wrappers are removed. Position embeddings are fitted to the model's image size. A head for
-    another number of classes is not loaded. UserError: other keys, shapes or kinds of numbers differ.
+    another number of classes is not loaded, and with `new_head` no head is. UserError: other keys, shapes or
+    kinds of numbers differ.
     """
     probe = isinstance(model, ViTLinearProbe)
     backbone = model.backbone if probe else model
@@ -69,7 +72,11 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: Path) -> 
         state = {f"backbone.{key}": value for key, value in state.items()} | head
     add_shared(state, model)
     target = model.state_dict()
-    new = [key for key in head_keys(model) if key not in state or state[key].shape != target[key].shape]
+    new = [
+        key
+        for key in head_keys(model)
+        if new_head or key not in state or state[key].shape != target[key].shape
+    ]
     state |= {key: target[key] for key in new}
     check_fit(state, target, path)
     model.load_state_dict(state)

@@ -55,6 +55,7 @@ class Weights:
     revision: str | None = None  # the hub commit
     preprocessing: Preprocessing | None = None  # None: the recipe decides
     model_args: dict[str, Any] = field(default_factory=dict)  # of build_model, as the record has them
+    classes: list[str] | None = None  # of a checkpoint of train.py
 
     def __str__(self) -> str:
         return self.source + (f" at {self.revision[:7]}" if self.revision else "")
@@ -138,7 +139,13 @@ def _read_own_record(model: str, path: Path, header: dict[str, Any]) -> Weights:
         for name, value in recorded.items()
         if name not in _NOT_OF_THE_FUNCTION and not name.endswith("dropout")
     }
-    return Weights(path, str(path), None, Preprocessing.from_json(header["preprocessing"]), model_args)
+    return Weights(
+        path=path,
+        source=str(path),
+        preprocessing=Preprocessing.from_json(header["preprocessing"]),
+        model_args=model_args,
+        classes=header["classes"],
+    )
 
 
 def _read_timm_record(model: str, path: Path, config_path: Path, *, from_scratch: bool) -> Weights:

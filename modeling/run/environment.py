@@ -16,6 +16,8 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
+# oneDNN would compute float32 products in fewer bits.
+ONEDNN_PRECISION = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 OFF = ("", "0", "false", "no", "off", "none")
 
 
@@ -105,6 +107,12 @@ def check_accelerate(mixed_precision: str | None) -> None:
             f"{os.environ['ACCELERATE_DYNAMO_BACKEND']}): unset it, or launch with --config_file "
             "accelerate_configs/...; train.py compiles with --compile"
         )
+    for name in ONEDNN_PRECISION:
+        if os.environ.get(name, "STRICT").upper() != "STRICT":
+            raise UserError(
+                f"{name}={os.environ[name]} would change every float32 product: unset it; for bfloat16 give "
+                "--mixed-precision bf16"
+            )
     precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "") or "no"
     if precision.lower() not in ("no", "bf16", "fp16"):
         raise UserError(
