@@ -155,7 +155,13 @@ def our_steps(content: dict[str, Any]) -> Iterator[None]:
     """Train cnn_fast by its recipe, two steps of 1,000 images at a time."""
     recipe = get_recipe("cnn_fast", 32)
     model = build_model("cnn_fast", num_classes=10, image_size=32, **recipe.model_args).train()
-    optimizer = build_optimizer(recipe.optimizer, model, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = build_optimizer(
+        recipe.optimizer,
+        model,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+    )
     settings = StepSettings(
         preprocessing=preprocessing("cnn_fast", recipe, 32),
         augment=recipe.augment,

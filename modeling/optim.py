@@ -11,16 +11,20 @@ from modeling.data.resize import all_bits_of_float32
 from modeling.models.tensors import head_keys
 
 
-def build_optimizer(name: str, model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Build adam, adamw, sgd (momentum 0.9) or muon for the trainable parameters.
+def build_optimizer(
+    name: str, model: nn.Module, *, lr: float, weight_decay: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """Build adam, adamw, sgd or muon for the trainable parameters. momentum is of sgd and muon.
 
     All but muon use torch's fused kernels.
     """
     if name == "muon":
-        return Muon(model, lr=lr, weight_decay=weight_decay)
+        return Muon(model, lr=lr, weight_decay=weight_decay, momentum=momentum)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if name == "sgd":
-        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+        optimizer = torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True
+        )
         # In fp16 the first steps can overflow and are skipped. torch 2.14's fused SGD then leaves its
         # momentum uninitialised and later adds garbage to the weights. So set the momentum to zeros here.
         # The first step is the same as without momentum.
@@ -47,11 +51,12 @@ class Muon(torch.optim.Optimizer):
     """
 
     LARGEST = 2**22
-    MOMENTUM, BETAS, EPS = 0.9, (0.9, 0.95), 1e-8
+    BETAS, EPS = (0.9, 0.95), 1e-8
 
-    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float):
+    def __init__(self, model: nn.Module, *, lr: float, weight_decay: float, momentum: float):
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self.momentum = momentum
         heads = head_keys(model)
         self.hidden = {
             module.weight
@@ -76,8 +81,8 @@ class Muon(torch.optim.Optimizer):
     def _muon(self, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:
         if not state:
             state["momentum_buffer"] = torch.zeros_like(gradient)
-        momentum = state["momentum_buffer"].mul_(self.MOMENTUM).add_(gradient)
-        ahead = gradient.add(momentum, alpha=self.MOMENTUM).flatten(1)  # Nesterov's
+        average = state["momentum_buffer"].mul_(self.momentum).add_(gradient)
+        ahead = gradient.add(average, alpha=self.momentum).flatten(1)  # Nesterov's
         return orthogonalize(ahead).mul_(0.2 * max(ahead.shape) ** 0.5).reshape(gradient.shape)
 
     def _adam(self, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -47,6 +47,7 @@ class Settings:
     optimizer: str
     lr: float
     weight_decay: float
+    momentum: float
     schedule: str
     warmup_epochs: float
     augment: str
@@ -161,6 +162,7 @@ def resolve(
         optimizer=flag_or_recipe("optimizer"),
         lr=flag_or_recipe("lr"),
         weight_decay=flag_or_recipe("weight_decay"),
+        momentum=recipe.momentum,
         schedule=recipe.schedule,
         warmup_epochs=flag_or_recipe("warmup_epochs"),
         augment=flag_or_recipe("augment"),

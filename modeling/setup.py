@@ -238,7 +238,11 @@ def prepare_run(
 ) -> Run:
     """Build the optimizer. Then accelerate moves model and optimizer to the device and wraps them, once."""
     optimizer = build_optimizer(
-        settings.optimizer, raw_model, lr=settings.lr, weight_decay=settings.weight_decay
+        settings.optimizer,
+        raw_model,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
     )
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     fix_ddp_bucket_order(accelerator, model, settings.image_size)
