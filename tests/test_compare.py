@@ -294,11 +294,12 @@ def test_models_of_another_dataset_split_or_class_are_not_compared():
     others = [
         fake_model("dataset", labels, 3, dataset="cifar10", skill=9),
         fake_model("split", labels, 3, split="validation", skill=9),
+        fake_model("images", labels, 3, images_sha256="4567", skill=9),
         fake_model("classes", labels, 3, classes=["x", "y", "z"], skill=9),
     ]
     comparison = compare([others[0], *main, *others[1:]])
     assert {entry.name for entry in comparison.entries[:2]} == {"a", "b"}
-    assert [entry.rank_text for entry in comparison.entries[2:]] == ["-", "-", "-"]
+    assert [entry.rank_text for entry in comparison.entries[2:]] == ["-"] * 4
     assert len(comparison.pairs) == 1
     assert comparison.shared.entries == [0, 1]
 

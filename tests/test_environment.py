@@ -56,6 +56,14 @@ def test_a_launch_that_joins_no_processes_is_refused(variables, words, env):
         assert word in str(refused.value)
 
 
+def test_onednn_must_not_compute_float32_in_fewer_bits(env):
+    env(DNNL_DEFAULT_FPMATH_MODE="strict")
+    environment.check_accelerate(None)
+    env(DNNL_DEFAULT_FPMATH_MODE="BF16")
+    with pytest.raises(UserError, match="DNNL_DEFAULT_FPMATH_MODE=BF16 would change every float32 product"):
+        environment.check_accelerate(None)
+
+
 @pytest.mark.parametrize(
     "variables, count",
     [

@@ -226,6 +226,48 @@ def test_each_evaluation_has_files_of_its_own_that_lead_to_the_pictures(tmp_path
     assert predictions(tmp_path / "both", "seed2_cnn_small_best")
 
 
+def test_the_checkpoints_own_dataset_is_read_as_in_training_whatever_its_path_is_called(
+    tmp_path, monkeypatch
+):
+    make_image_folder(tmp_path / "data", {"im": {"x": 24}})
+    lines = [f"im/x/{i}.png,{i % 2},{i // 12}" for i in range(24)]
+    (tmp_path / "data" / "t.csv").write_text("\n".join(["file_name,label,quality", *lines]))
+    monkeypatch.chdir(tmp_path)
+    best = train_on("data/t.csv", tmp_path, "--label-column", "quality")
+    for flags in ((), ("--dataset", "data/t.csv"), ("--image-column", "file_name")):
+        result = call("evaluate", "--ckpt", best, *flags, "--output-dir", tmp_path)
+        assert result.status == 0 and "(column quality of t.csv" in result.out
+    result = call("evaluate", "--ckpt", best, "--label-column", "label", "--output-dir", tmp_path)
+    assert "(column label of t.csv" in result.out
+    assert "images may have been trained on" in result.out
+    assert {row["dataset"].rpartition(" (")[2] for row in rows(tmp_path)} >= {"label_column label)"}
+
+
+def test_another_folder_as_test_gives_other_images_and_other_files(tmp_path):
+    data = make_image_folder(tmp_path / "data", {"train": {"a": 20, "b": 20}, "old": {"a": 9, "b": 9}})
+    make_image_folder(data, {"new": {"a": 9, "b": 9}})
+    flags = ("--train-split", "train", "--test-split")
+    one = train_on(data, tmp_path / "1", *flags, "old")
+    two = train_on(data, tmp_path / "2", *flags, "new", "--seed", 7, "--run-name", "two").with_name(
+        "two_best.safetensors"
+    )
+    result = call("evaluate", "--ckpt", one, two, "--output-dir", tmp_path)
+    assert result.status == 0 and "their images or classes differ" in result.out
+    assert "different images" in (tmp_path / "traces/model_comparison.txt").read_text()
+    assert call("evaluate", "--ckpt", one, "--test-split", "new", "--output-dir", tmp_path).status == 0
+    assert len(rows(tmp_path)) == 3
+    assert predictions(tmp_path, "cnn_small") and predictions(tmp_path, "cnn_small_test_split new")
+
+
+def test_test_images_that_were_training_images_are_said(tmp_path):
+    data = make_image_folder(tmp_path / "data", {"train": {"a": 20, "b": 20}, "test": {"a": 2, "b": 2}})
+    best = train_on(data, tmp_path)
+    (data / "train/a/3.png").rename(data / "test/a/moved.png")
+    result = call("evaluate", "--ckpt", best, "--output-dir", tmp_path)
+    assert result.status == 0
+    assert "has 39 images and had 40. Its test images may have been trained on.\n" in result.out
+
+
 def test_only_the_images_of_training_are_divided(tmp_path):
     data = make_image_folder(tmp_path / "data", {"train": {"hat": 20, "shoes": 20}})
     best = train_on(data, tmp_path / "out")

@@ -152,6 +152,16 @@ def test_a_folder_that_holds_something_else_is_left_alone(exported, source_folde
         call("export_data", "--dataset", source_folder, "--output-dir", precious / "thesis.txt"), "thesis.txt"
     )
     assert_refused(call("export_data", "--val-fraction", "1.5"), "--val-fraction")
+    for flags in (("--dataset", "digits"), ("--val-fraction", 0.3), ("--test-split", "x")):
+        refused = call("export_data", "--verify", "--output-dir", exported, *flags)
+        assert_refused(refused, "--verify reads only the files")
+
+
+def test_an_export_of_other_splits_is_another_export(tmp_path):
+    data = make_image_folder(tmp_path / "in", {name: {"x": 4, "y": 4} for name in ("train", "old", "new")})
+    flags = ("--dataset", data, "--output-dir", tmp_path / "out", "--train-split", "train", "--test-split")
+    assert call("export_data", *flags, "old").status == 0
+    assert_refused(call("export_data", *flags, "new"), "holds an export with choices", "choose another")
 
 
 def test_what_a_killed_export_leaves_of_its_own_is_no_obstacle(exported, source_folder, monkeypatch):

@@ -423,6 +423,55 @@ def test_configurations_and_splits_are_chosen_by_name(tmp_path):
         read(tmp_path, test_split="x")
 
 
+def test_the_class_names_of_a_card_go_by_their_numbers(tmp_path):
+    write_parquet(tmp_path / "data" / "train.parquet", [0, 2, 10])
+    numbered = sorted(range(11), key=str)  # 0, 1, 10, 2, ...
+    names = ", ".join(f"'{number}': class{number}" for number in numbered)
+    features = "[{name: label, dtype: {class_label: {names: {%s}}}}]"
+    card = f"---\ndataset_info:\n  config_name: plain\n  features: {features}\n---\n"
+    (tmp_path / "README.md").write_text(card % names)
+    source = load_source(str(tmp_path))
+    assert [source.classes[label] for label in source.labels("train")] == ["class0", "class2", "class10"]
+    (tmp_path / "README.md").write_text(card % "'0': a, '2': b")
+    with pytest.raises(UserError, match="numbers its classes 0, 2: they must be 0 to 1"):
+        load_source(str(tmp_path))
+
+
+def test_a_split_column_of_parquet_is_refused_and_one_of_a_table_is_followed(tmp_path):
+    table = pa.table(
+        {"image": [png(1)] * 4, "label": [0, 1, 0, 1], "Split": ["train", "train", "test", "test"]}
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(UserError, match="rows of several splits"):
+        load_source(str(tmp_path))
+    save(tmp_path / "t" / "1.png"), save(tmp_path / "t" / "2.png")
+    (tmp_path / "t" / "labels.csv").write_text("file_name,label,Split\n1.png,a,train\n2.png,b,test\n")
+    assert read(tmp_path / "t") == (["a", "b"], {"train": 1, "test": 1})
+
+
+def test_a_row_with_too_many_cells_is_refused(tmp_path):
+    save(tmp_path / "1.png"), save(tmp_path / "2.png")
+    (tmp_path / "labels.csv").write_text("file_name,label\n1.png,Bern\n2.png,Bern, CH\n")
+    with pytest.raises(UserError, match="row 2 of labels.csv has more cells than the table has columns"):
+        load_source(str(tmp_path))
+
+
+def test_a_configuration_that_does_not_exist_and_one_split_for_two_are_refused(tmp_path):
+    write_parquet(tmp_path / "train.parquet", [0, 1])
+    with pytest.raises(UserError, match="has no configurations"):
+        read(tmp_path, dataset_config="large")
+    with pytest.raises(UserError, match="both x: name two splits"):
+        read(tmp_path, train_split="x", test_split="x")
+
+
+def test_a_folder_with_the_name_of_a_dataset_is_not_read_and_that_is_said(tmp_path, monkeypatch, capsys):
+    make_image_folder(tmp_path / "digits", {"train": TWO})
+    monkeypatch.chdir(tmp_path)
+    assert len(load_source("digits").classes) == 10
+    assert "For the folder, give ./digits" in capsys.readouterr().out
+    assert load_source("./digits").classes == ["hat", "shoes"]
+
+
 def test_a_card_gives_class_names_and_never_leads_outside(tmp_path):
     write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", [0, 1])
     names = "features: [{name: label, dtype: {class_label: {names: {'0': no, '1': 'yes'}}}}]"

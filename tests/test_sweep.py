@@ -68,7 +68,7 @@ def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_a_table_and_the_comp
     assert_refused(call("sweep", *SWEEP, "--lr", 0.5, "--output-dir", tmp_path), "other arguments: lr")
 
 
-@pytest.mark.parametrize("flag", ["--model=cnn", "--seed=3", "--run-name=x", "--sanity-check"])
+@pytest.mark.parametrize("flag", ["--model=cnn", "--seed=0", "--seed=3", "--run-name=x", "--sanity-check"])
 def test_flags_that_the_sweep_sets_itself_are_refused(flag):
     assert_refused(call("sweep", "--models", "cnn", flag), flag.split("=")[0], "is not for a sweep")
 

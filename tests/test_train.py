@@ -146,13 +146,19 @@ def test_epochs_and_max_steps(plain, tmp_path):
 
 def test_min_steps_of_a_recipe_adds_epochs(monkeypatch, tmp_path):
     recipe = recipes.REFERENCE["cnn_small", "small"]
-    recipe = dataclasses.replace(recipe, epochs=1, min_steps=7)
+    recipe = dataclasses.replace(recipe, epochs=1, min_steps=7, warmup_epochs=1)
     monkeypatch.setitem(recipes.REFERENCE, ("cnn_small", "small"), recipe)
     result = run(tmp_path / "recipe")
     assert [(r["epoch"], r["step"]) for r in result.epochs] == [(1, 3), (2, 6), (3, 9)]
     assert result.final["arguments"]["epochs"] == 3
     assert len(run(tmp_path / "flag", "--epochs", 1).epochs) == 1
-    assert run(tmp_path / "steps", "--max-steps", 2).final["step"] == 2
+    few = run(tmp_path / "steps", "--max-steps", 2).final
+    assert (few["step"], few["arguments"]["warmup_epochs"]) == (2, 1)
+
+
+def test_a_run_that_ends_within_its_warm_up_says_so(tmp_path):
+    flags = (*TINY, "--max-steps", 1, "--lr", 0.5, "--warmup-epochs", 5, "--output-dir", tmp_path)
+    assert ", only warm-up, to 0." in call("train", *flags).out
 
 
 def test_min_steps_stretches_the_warm_up_too():

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import TINY, assert_refused, call
+from conftest import TINY, assert_refused, call, make_image_folder
 
 from modeling import models
 from modeling.errors import UserError
@@ -150,6 +150,19 @@ def test_vit_scratch_fits_its_positions_to_another_image_size(tmp_path, capsys):
     assert torch.equal(other.blocks[0].mlp[0].weight, one.blocks[0].mlp[0].weight)
     assert "fitted to the image size: positions" in capsys.readouterr().out
     assert isinstance(other, SimpleViT)
+
+
+def test_a_head_of_other_classes_is_not_kept(tmp_path):
+    make_image_folder(tmp_path / "data", {"train": {"cat": 8, "dog": 8}})
+    make_image_folder(tmp_path / "other", {"train": {"ant": 8, "bee": 8}})
+    flags = ("--model", "cnn_small", "--image-size", 16, "--batch-size", 8, "--max-steps", 1, "--lr", 1e-9)
+    assert call("train", *flags, "--dataset", tmp_path / "data", "--output-dir", tmp_path).status == 0
+    best = tmp_path / "checkpoints" / "cnn_small_best.safetensors"
+    for dataset, is_new in (("data", False), ("other", True)):
+        out = ("--output-dir", tmp_path / "second", "--weights", best)
+        result = call("train", *flags, "--dataset", tmp_path / dataset, *out)
+        assert result.status == 0, result.err
+        assert ("new: classifier.4.weight, classifier.4.bias" in result.out) == is_new
 
 
 def test_our_own_checkpoint_must_be_of_the_same_function(trained, tmp_path):
