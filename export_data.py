@@ -186,7 +186,7 @@ def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
         return
     old = read_manifest(output_dir)
     for key, value in settings.items():
-        if old.get(key) != value:
+        if old.get(key, value if key == "choices" else None) != value:
             raise UserError(
                 f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: "
                 "choose another --output-dir"

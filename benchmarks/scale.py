@@ -75,7 +75,7 @@ def main() -> None:
     row = timed("metrics of them", lambda: metrics.compute(predictions))
     row |= {"checkpoint": "c", "model": "m", "dataset": "d", "split": "test", "num_samples": args.evaluated}
     names = [f"class {number}" for number in range(1000)]
-    one = report.Evaluated("run", row, predictions, names, lambda row: f"test/{row}.jpg")
+    one = report.Evaluated("run", row, predictions, names, lambda row: f"test/{row}.jpg", "")
     with tempfile.TemporaryDirectory() as folder:
         timed("report, predictions and confusion matrix", lambda: report.write_evaluation(Path(folder), one))
     pixels = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)

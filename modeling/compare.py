@@ -168,10 +168,9 @@ def recipe_key(model: Model) -> str:
     """
     same = ("model", "classes", "preprocessing", "weights", "versions")
     header = {name: model.header.get(name) for name in same}
+    recorded = {"momentum": 0.9} | model.header.get("arguments", {})  # earlier versions did not record it
     arguments = {
-        name: value
-        for name, value in model.header.get("arguments", {}).items()
-        if name not in ("seed", "run_name", "num_threads")
+        name: value for name, value in recorded.items() if name not in ("seed", "run_name", "num_threads")
     }
     # The training images and their digest depend on the seed, which draws the validation split.
     trained_on = {

@@ -135,13 +135,16 @@ class Evaluation:
                 f"{self.source.name} has no split {self.split!r}, only {', '.join(self.source.splits)}: "
                 "choose one of these with --split"
             )
+        trained_choices = Choices(**trained_on["read"]["choices"])
+        self.other_choices = self.source.choices.differences(trained_choices) if is_own else ""
         if is_own and changed:
-            warning = f"{self.source.name} changed since {path} was trained: {changed}. "
-            warning += f"Its {self.split} images may have been trained on"
+            warning = f"{self.source.name} changed since {path} was trained: {changed}"
+            if self.other_choices:
+                warning = f"{self.source.name} is not read as in training ({self.other_choices})"
+            warning += f". Its {self.split} images may have been trained on"
             if divides and self.split == "validation" and not force:
                 raise UserError(f"{warning}: give other images with --dataset, or --force")
             print(f"{warning}.")
-        self.other_choices = self.source.choices.differences(Choices(**trained_on["read"]["choices"]))
         self.name = name
         if self.split != default_split or not is_own:
             self.name += f"_{self.split}"

@@ -43,6 +43,7 @@ class FeatureViews:
         self.probe = probe
         self.images = images
         self.shape = (len(images), probe.head.in_features)
+        self.checked: set[str] = set()  # the views whose digest this process has checked
         self.opened_name = ""
         self.opened = torch.empty(0)
         key = [_backbone_digest(probe), images.fingerprint(), images.origin, images.rows.tolist()]
@@ -58,11 +59,13 @@ class FeatureViews:
         if self.opened_name == name:
             return self.opened
         path = self.folder / name
-        missing = torch.tensor([not _is_whole(path)], device=self.accelerator.device)
+        is_missing = name not in self.checked and not _is_whole(path)
+        missing = torch.tensor([is_missing], device=self.accelerator.device)
         # If the file is missing or damaged on any machine, all processes compute it together.
         if bool(self.accelerator.gather(missing).any()):
             self._compute(path, batches())
             self.accelerator.wait_for_everyone()
+        self.checked.add(name)
         self.opened_name, self.opened = name, self._map(path)
         return self.opened
 
@@ -85,6 +88,8 @@ class FeatureViews:
                     features = self.probe.features(batch.x)
                 positions, features = self._gather(batch.positions, features)
                 view[positions] = features
+            with temporary.open("r+b") as file:
+                os.fsync(file)
             write_text(_digest_file(path), _digest(temporary))
             os.replace(temporary, path)
         finally:
@@ -208,7 +213,6 @@ def _digest_file(path: Path) -> Path:
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        os.fsync(file)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -280,8 +280,7 @@ def compare_evaluations(evaluated: Sequence[Evaluated]) -> str:
     rows = [_comparison_row(one) for one in ranked]
     parts = []
     evaluated_on = {
-        (one.row["dataset"], one.row["split"], one.images_sha256, tuple(one.predictions.rows.tolist()))
-        for one in ranked
+        (one.row["split"], one.images_sha256, tuple(one.predictions.rows.tolist())) for one in ranked
     }
     if len(evaluated_on) > 1:
         parts.append("These models were evaluated on different images, so do not trust their differences.")

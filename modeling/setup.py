@@ -298,7 +298,7 @@ def describe(run: Run) -> str:
     plural = "es" if processes > 1 else ""
     last_lr = run.learning_rate(settings.total_steps - 1)
     # A run shorter than its warm-up never reaches --lr.
-    schedule = settings.schedule if run.warmup_steps < settings.total_steps else "only warm-up,"
+    schedule = settings.schedule if run.warmup_steps <= settings.total_steps else "only warm-up,"
     return "\n".join(
         [
             f"model      {settings.model}, weights {run.weights}: {num_parameters:,} parameters, "

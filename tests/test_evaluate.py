@@ -237,9 +237,10 @@ def test_the_checkpoints_own_dataset_is_read_as_in_training_whatever_its_path_is
     for flags in ((), ("--dataset", "data/t.csv"), ("--image-column", "file_name")):
         result = call("evaluate", "--ckpt", best, *flags, "--output-dir", tmp_path)
         assert result.status == 0 and "(column quality of t.csv" in result.out
-    result = call("evaluate", "--ckpt", best, "--label-column", "label", "--output-dir", tmp_path)
+    other = ("--label-column", "label", "--force")
+    result = call("evaluate", "--ckpt", best, *other, "--output-dir", tmp_path)
     assert "(column label of t.csv" in result.out
-    assert "images may have been trained on" in result.out
+    assert "is not read as in training (label_column label)" in result.out
     assert {row["dataset"].rpartition(" (")[2] for row in rows(tmp_path)} >= {"label_column label)"}
 
 

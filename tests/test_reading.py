@@ -433,7 +433,7 @@ def test_the_class_names_of_a_card_go_by_their_numbers(tmp_path):
     source = load_source(str(tmp_path))
     assert [source.classes[label] for label in source.labels("train")] == ["class0", "class2", "class10"]
     (tmp_path / "README.md").write_text(card % "'0': a, '2': b")
-    with pytest.raises(UserError, match="numbers its classes 0, 2: they must be 0 to 1"):
+    with pytest.raises(UserError, match="must number the classes of 'label' 0, 1, ..., but has 0, 2"):
         load_source(str(tmp_path))
 
 
@@ -441,9 +441,12 @@ def test_a_split_column_of_parquet_is_refused_and_one_of_a_table_is_followed(tmp
     table = pa.table(
         {"image": [png(1)] * 4, "label": [0, 1, 0, 1], "Split": ["train", "train", "test", "test"]}
     )
-    pq.write_table(table, tmp_path / "data.parquet")
-    with pytest.raises(UserError, match="rows of several splits"):
+    for number, part in enumerate((table[:2], table[2:])):
+        pq.write_table(part, tmp_path / f"part-{number}.parquet")
+    with pytest.raises(UserError, match="split train .* has a column 'split' with test and train"):
         load_source(str(tmp_path))
+    (tmp_path / "part-1.parquet").unlink()
+    assert read(tmp_path) == (["0", "1"], {"train": 2})
     save(tmp_path / "t" / "1.png"), save(tmp_path / "t" / "2.png")
     (tmp_path / "t" / "labels.csv").write_text("file_name,label,Split\n1.png,a,train\n2.png,b,test\n")
     assert read(tmp_path / "t") == (["a", "b"], {"train": 1, "test": 1})

@@ -15,26 +15,36 @@ from modeling.errors import UserError
 class Card:
     """configs maps each configuration to its splits, and these to patterns of file paths.
 
-    class_names maps a configuration and a column to the names of its classes. default is the configuration
-    that is taken if the user chooses none, or None.
+    class_names maps a configuration and a column to the names of its classes by their numbers. default is
+    the configuration that is taken if the user chooses none, or None.
     """
 
     configs: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    class_names: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    class_names: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     default: str | None = None
 
     def names_of(self, config: str | None, column: str) -> list[str] | None:
-        """The class names of a column, or None. A card of a single configuration speaks of every file."""
+        """The class names of a column, in order, or None.
+
+        A card of a single configuration speaks of every file. UserError: the numbers are not 0, 1, ...
+        """
         configs = {name for name, _ in self.class_names}
         if config is None:
             config = configs.pop() if len(configs) == 1 else "default"
-        return self.class_names.get((config, column))
+        names = self.class_names.get((config, column))
+        if names is None:
+            return None
+        numbers = [str(number) for number in range(len(names))]
+        if names.keys() != set(numbers):
+            found = ", ".join(list(names)[:9])
+            raise UserError(f"README.md must number the classes of {column!r} 0, 1, ..., but has {found}")
+        return [names[number] for number in numbers]
 
 
 def read_card(root: Path) -> Card:
     """Read the YAML at the top of README.md. A card that is missing or broken says nothing.
 
-    UserError: a pattern names files outside the folder, or the class names have no numbers.
+    UserError: a pattern names files outside the folder.
     """
     try:
         text = (root / "README.md").read_text(encoding="utf-8")
@@ -56,22 +66,12 @@ def read_card(root: Path) -> Card:
         for feature in _dicts(info.get("features")):
             kind = feature.get("dtype")
             names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
-            if isinstance(names, dict):
-                names = _in_order(names)
             if isinstance(names, list):
+                names = dict(enumerate(names))
+            if isinstance(names, dict):
                 key = (str(info.get("config_name", "default")), str(feature.get("name")))
-                card.class_names[key] = [str(name) for name in names]
+                card.class_names[key] = {str(number): str(name) for number, name in names.items()}
     return card
-
-
-def _in_order(names: dict) -> list:
-    """Give class names in the order of their numbers, which YAML may hold as text: "10" after "9"."""
-    numbers = {str(number): name for number, name in names.items()}
-    if set(numbers) != set(map(str, range(len(numbers)))):
-        raise UserError(
-            f"README.md numbers its classes {', '.join(numbers)}: they must be 0 to {len(numbers) - 1}"
-        )
-    return [numbers[str(number)] for number in range(len(numbers))]
 
 
 def _dicts(value: Any) -> list[dict]:

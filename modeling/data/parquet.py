@@ -67,7 +67,8 @@ def read_parquet(root: Path, files: list[str], name: str, choices: Choices) -> P
     first = next(iter(schemas))
     image_column = choose_image_column(schemas[first], choices.image_column, name)
     label_column = choose_label_column(schemas[first], choices.label_column, name, card, config)
-    _refuse_split_column(root, schemas, label_column, name)
+    for split, split_files in by_split.items():
+        _refuse_split_column(root, split, split_files, label_column, name)
     labels = {}
     for split, split_files in by_split.items():
         labels[split] = []
@@ -137,17 +138,20 @@ def _group_by_split(
     return config if len(by_config) > 1 else None, by_config[config]
 
 
-def _refuse_split_column(root: Path, schemas: dict[str, pa.Schema], label_column: str, name: str) -> None:
-    """UserError: a column says which rows are train and which are test. It would go unread."""
-    for file, schema in schemas.items():
-        for column in schema.names:
-            if column.lower() == SPLIT_COLUMN and column != label_column:
-                values = pq.read_table(root / file, columns=[column])[column].unique().to_pylist()
-                if len(values) > 1 and any(split_keyword(str(value)) for value in values):
-                    raise UserError(
-                        f"{file} of {name} has rows of several splits (column {column!r}): write each split "
-                        "to a parquet file of its own, such as train.parquet"
-                    )
+def _refuse_split_column(root: Path, split: str, files: list[str], label_column: str, name: str) -> None:
+    """UserError: a column says that the rows of one split belong to several. It would go unread."""
+    found = set()
+    for file in files:
+        for field in _read_schema(root / file):
+            is_split = field.name.lower() == SPLIT_COLUMN and field.name != label_column
+            if is_split and is_plain_label(field.type):
+                values = pq.read_table(root / file, columns=[field.name])[field.name].unique()
+                found |= {split_keyword(str(value)) for value in values.to_pylist()} - {None}
+    if len(found) > 1:
+        raise UserError(
+            f"split {split} of {name} has a column {SPLIT_COLUMN!r} with {' and '.join(sorted(found))}: "
+            "write the rows of each split to a parquet file of its own, such as train.parquet"
+        )
 
 
 def _split_name(base: str, folders: list[str]) -> str:

@@ -105,7 +105,7 @@ def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
 
     A folder holds class folders, parquet files, or a table of labels (.csv, .tsv, .jsonl).
 
-    UserError: the dataset does not exist, there is no network, it can be read in several ways, or it has no
+    UserError: the dataset does not exist, there is no network, it can be read in several ways, it has no
     images or no classes, or a choice does not apply to it.
     """
     path = Path(name).expanduser()

@@ -44,15 +44,14 @@ def read_tables(root: Path, paths: list[str], name: str, choices: Choices) -> Ta
         if not records:
             raise UserError(f"the table {path} of {name} has no rows")
         columns = list(records[0])
-        split_column = next(
-            (column for column in columns if str(column).lower() == SPLIT_COLUMN), SPLIT_COLUMN
-        )
         file_column = _choose(path, columns, FILE_COLUMNS, choices.image_column, "--image-column")
         label_column = _choose(path, columns, LABEL_COLUMNS, choices.label_column, "--label-column")
+        others = [column for column in columns if column != label_column]
+        split_column = next((column for column in others if str(column).lower() == SPLIT_COLUMN), None)
         for number, record in enumerate(records, 1):
             place = f"row {number} of {path}"
             if None in record:
-                raise UserError(f"{place} has more cells than the table has columns: quote cells with commas")
+                raise UserError(f"{place} has more cells than the table has columns: quote its cells")
             split = _split_of(record.get(split_column), path, place)
             file = _resolve(root, path, record.get(file_column), place)
             label = record.get(label_column)

@@ -70,7 +70,8 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type == "cpu" and max(x.shape[-2:]) <= MAX_CPU_SIDE:
-            return _SmallConv3x3.apply(x, self.weight.to(x.dtype))
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+            return _SmallConv3x3.apply(x.to(dtype), self.weight.to(dtype))
         return super().forward(x)
 
 

@@ -108,7 +108,7 @@ def check_accelerate(mixed_precision: str | None) -> None:
             "accelerate_configs/...; train.py compiles with --compile"
         )
     for name in ONEDNN_PRECISION:
-        if os.environ.get(name, "STRICT").upper() != "STRICT":
+        if (os.environ.get(name) or "STRICT").upper() != "STRICT":
             raise UserError(
                 f"{name}={os.environ[name]} would change every float32 product: unset it; for bfloat16 give "
                 "--mixed-precision bf16"

@@ -149,7 +149,9 @@ class States:
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
             return None
         path, tensors, header = found
-        saved, wanted = header["arguments"], json.loads(json.dumps(self.arguments))
+        # States of earlier versions do not record the momentum.
+        saved = {"momentum": 0.9} | header["arguments"]
+        wanted = json.loads(json.dumps(self.arguments))
         changes = _changes(saved, wanted)
         if changes and not force:
             raise UserError(
