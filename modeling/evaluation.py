@@ -94,8 +94,7 @@ def match_classes(path: Path, checkpoint_classes: list[str], source: Source) -> 
         )
     if source.classes != checkpoint_classes:
         message = f"{source.name} and {path} have different lists of classes: they are matched by name"
-        known = set(source.classes)
-        absent = [name for name in checkpoint_classes if name not in known]
+        absent = [name for name in checkpoint_classes if name not in source.classes]
         if absent:
             more = f", ... {len(absent) - 5} more" if len(absent) > 5 else ""
             message += f"; the dataset lacks {', '.join(map(repr, absent[:5]))}{more}"
@@ -138,10 +137,9 @@ class Evaluation:
         trained_choices = Choices(**trained_on["read"]["choices"])
         self.other_choices = self.source.choices.differences(trained_choices) if is_own else ""
         if is_own and changed:
-            warning = f"{self.source.name} changed since {path} was trained: {changed}"
-            if self.other_choices:
-                warning = f"{self.source.name} is not read as in training ({self.other_choices})"
-            warning += f". Its {self.split} images may have been trained on"
+            reads = f"is not read as in training ({self.other_choices})"
+            reason = reads if self.other_choices else f"changed since {path} was trained: {changed}"
+            warning = f"{self.source.name} {reason}. Its {self.split} images may have been trained on"
             if divides and self.split == "validation" and not force:
                 raise UserError(f"{warning}: give other images with --dataset, or --force")
             print(f"{warning}.")
@@ -171,10 +169,9 @@ class Evaluation:
 
     def _default_split(self, is_own: bool) -> str:
         """Test where there is one, else validation. Of another dataset without them, all there is."""
-        splits = self.source.splits
-        if "test" in splits:
+        if "test" in self.source.splits:
             return "test"
-        if "validation" in splits or is_own:
+        if "validation" in self.source.splits or is_own:
             return "validation"
         return "train"
 
