@@ -59,7 +59,8 @@ class FeatureViews:
         if self.opened_name == name:
             return self.opened
         path = self.folder / name
-        is_missing = name not in self.checked and not _is_whole(path)
+        is_missing = not path.is_file() or path.stat().st_size != 4 * self.shape[0] * self.shape[1]
+        is_missing = is_missing or (name not in self.checked and not _is_whole(path))
         missing = torch.tensor([is_missing], device=self.accelerator.device)
         # If the file is missing or damaged on any machine, all processes compute it together.
         if bool(self.accelerator.gather(missing).any()):
