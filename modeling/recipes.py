@@ -99,6 +99,7 @@ REFERENCE: dict[tuple[str, str], Recipe] = {
         label_smoothing=0.2,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
+        model_args={"activation": "gelu"},
     ),
     # CIFAR-10 notebook, ImageNet weights, 224 px: 0.8763 after 3 epochs.
     ("resnet18", "any"): Recipe(optimizer="adam", lr=1e-3, epochs=3, batch_size=64),

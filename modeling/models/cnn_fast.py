@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from modeling.errors import UserError
 from modeling.models.cpu_layers import Conv3x3
+from modeling.models.vit import ACTIVATIONS
 
 SMALLEST_SIDE = 17  # pixels: three halvings leave two
 PATCH = 2  # side of the whitening filters, pixels
@@ -23,11 +24,10 @@ class CNNFast(nn.Module):
     The first convolution is not trained. `whiten` computes its filters from training images: 12 filters whose
     outputs are uncorrelated over all patches, and their negatives. Its biases are constants: to train them
     would take a twentieth of a step, and the accuracy would be the same. Each block is [Conv 3x3, MaxPool 2,
-    BatchNorm, ReLU, Conv 3x3, BatchNorm, ReLU]. The normalisations have no trained scale. Their statistics
-    follow the newest batches closely. The first `in_channels` filters of a convolution begin as the identity.
-    The network is that of Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU,
-    https://arxiv.org/abs/2404.00498, with ReLU in place of GELU. UserError: the image is smaller than 17
-    pixels.
+    BatchNorm, activation, Conv 3x3, BatchNorm, activation]. The normalisations have no trained scale. Their
+    statistics follow the newest batches closely. The first `in_channels` filters of a convolution begin as
+    the identity. The network is that of Jordan, 94% on CIFAR-10 in 3.29 seconds on a single GPU,
+    https://arxiv.org/abs/2404.00498. UserError: the image is smaller than 17 pixels.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class CNNFast(nn.Module):
         num_classes: int = 10,
         image_size: int = 32,
         channels: tuple[int, int, int] = (64, 256, 256),
+        activation: str = "relu",
         head_dropout: float = 0.0,
     ):
         super().__init__()
@@ -44,7 +45,9 @@ class CNNFast(nn.Module):
         self.whitening = nn.Conv2d(3, 2 * len(WHITENING_BIAS), PATCH).requires_grad_(False)
         self.whitening.bias.data.copy_(torch.tensor(2 * WHITENING_BIAS))
         widths = (self.whitening.out_channels, *channels)
-        self.blocks = nn.Sequential(*(_block(*pair) for pair in zip(widths, channels, strict=False)))
+        pairs = zip(widths, channels, strict=False)
+        self.activation = ACTIVATIONS[activation]()
+        self.blocks = nn.Sequential(*(_block(*pair, self.activation) for pair in pairs))
         self.dropout = nn.Dropout(head_dropout)
         self.head = nn.Linear(channels[-1], num_classes, bias=False)
         nn.init.normal_(self.head.weight, std=channels[-1] ** -0.5)
@@ -63,20 +66,20 @@ class CNNFast(nn.Module):
         weight.copy_(torch.cat([filters, -filters]).reshape(weight.shape))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(F.relu(self.whitening(x)))  # (B, C, (S - 1) // 8, (S - 1) // 8)
+        x = self.blocks(self.activation(self.whitening(x)))  # (B, C, (S - 1) // 8, (S - 1) // 8)
         x = self.dropout(x.amax(dim=(2, 3)))  # (B, C)
         return self.head(x) * self.head.in_features**-0.5  # (B, num_classes)
 
 
-def _block(in_channels: int, out_channels: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int, activation: nn.Module) -> nn.Sequential:
     return nn.Sequential(
         _convolution(in_channels, out_channels),
         nn.MaxPool2d(2),
         _normalization(out_channels),
-        nn.ReLU(inplace=True),
+        activation,
         _convolution(out_channels, out_channels),
         _normalization(out_channels),
-        nn.ReLU(inplace=True),
+        activation,
     )
 
 
