@@ -159,7 +159,7 @@ def test_a_state_of_the_device_is_saved_and_resumed_on_it(tmp_path):
             model=model,
             optimizer=optimizer,
             ema=ema,
-            arguments={"optimizer": "x"},
+            arguments={"optimizer": "x", "momentum": 0.9},
             versions={},
         )
         return model, optimizer, ema, states
