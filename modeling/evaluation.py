@@ -149,7 +149,7 @@ class Evaluation:
         if not is_own:
             self.name += f"_{models.file_name(Path(self.source.name).name)}"
         elif self.other_choices:
-            self.name += f"_{models.file_name(self.other_choices)}"
+            self.name += "_" + models.file_name(self.other_choices).replace(" ", "_")
         self.source_split, self.rows = select_rows(
             self.source,
             self.split,

@@ -257,7 +257,7 @@ def test_another_folder_as_test_gives_other_images_and_other_files(tmp_path):
     assert "different images" in (tmp_path / "traces/model_comparison.txt").read_text()
     assert call("evaluate", "--ckpt", one, "--test-split", "new", "--output-dir", tmp_path).status == 0
     assert len(rows(tmp_path)) == 3
-    assert predictions(tmp_path, "cnn_small") and predictions(tmp_path, "cnn_small_test_split new")
+    assert predictions(tmp_path, "cnn_small") and predictions(tmp_path, "cnn_small_test_split_new")
 
 
 def test_test_images_that_were_training_images_are_said(tmp_path):
