@@ -54,7 +54,7 @@ def sanity_check(
     step, epoch, accuracy, loss = 0, 0, 0.0, math.nan
     print(
         f"Sanity check: {model_name} on {len(images)} images in batches of {batch_size}, "
-        f"at most {limit} steps, at a constant lr {lr:g}; no augmentation, mixing, smoothing, averaging or state"
+        f"at most {limit} steps, at a constant lr {lr:g}; no augmentation, mixing, smoothing or averaging"
     )
     with Progress(limit, "sanity check", unit=" steps") as progress:
         while step < limit and accuracy < ENOUGH_ACCURACY:
