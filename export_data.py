@@ -184,9 +184,10 @@ def _refuse_other_content(output_dir: Path, settings: dict[str, Any]) -> None:
         return
     if output_dir.is_dir() and all(OWN_FILES.fullmatch(path.name) for path in output_dir.iterdir()):
         return
-    old = read_manifest(output_dir)
+    # Manifests of earlier versions do not say the choices.
+    old = {"choices": settings["choices"]} | read_manifest(output_dir)
     for key, value in settings.items():
-        if old.get(key, value if key == "choices" else None) != value:
+        if old.get(key) != value:
             raise UserError(
                 f"{output_dir} holds an export with {key} {old.get(key)!r}, not {value!r}: "
                 "choose another --output-dir"

@@ -10,6 +10,7 @@ At the end it prints a table with a row for each model, and writes the compariso
 """
 
 import argparse
+import copy
 import statistics
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from modeling.compare import compare
 from modeling.comparison_files import summarize_candidate
 from modeling.run import checkpoint
 from modeling.run.files import RunFiles
+from modeling.run.process import process_as_it_was
 from modeling.scores import balanced_accuracy
 from modeling.stats.proportions import Interval
 
@@ -71,15 +73,16 @@ def build_parser() -> cli.Parser:
 
 def train_all(args: argparse.Namespace) -> list[RunFiles]:
     """Train each model with each seed, or finish what an earlier call began. Return the runs' files."""
-    chosen_here = ("models", "seeds", "model", "seed", "run_name", "resume")
-    options = {name: value for name, value in vars(args).items() if name not in chosen_here}
     runs = [(model, seed) for seed in dict.fromkeys(args.seeds) for model in dict.fromkeys(args.models)]
     files = []
     for number, (model, seed) in enumerate(runs, start=1):
-        run_name = f"{models.file_name(models.check_model_name(model))}_seed{seed}"
-        print(f"\nRun {number} of {len(runs)}: {run_name}", flush=True)
-        train.train_model(**options, model=model, seed=seed, run_name=run_name, resume=True)
-        files.append(RunFiles(args.output_dir, run_name))
+        one = copy.copy(args)
+        one.model, one.seed, one.resume = model, seed, True
+        one.run_name = f"{models.file_name(models.check_model_name(model))}_seed{seed}"
+        print(f"\nRun {number} of {len(runs)}: {one.run_name}", flush=True)
+        with process_as_it_was():
+            train.run_training(one)
+        files.append(RunFiles(args.output_dir, one.run_name))
     return files
 
 

@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np
 
 from modeling.answers import Model
+from modeling.settings import complete
 from modeling.stats.proportions import LEVEL, Interval, holm, smallest_visible_difference
 from modeling.stats.runs import mean_of_runs, mean_of_separate_runs, paired_difference
 
@@ -168,9 +169,10 @@ def recipe_key(model: Model) -> str:
     """
     same = ("model", "classes", "preprocessing", "weights", "versions")
     header = {name: model.header.get(name) for name in same}
-    recorded = {"momentum": 0.9} | model.header.get("arguments", {})  # earlier versions did not record it
     arguments = {
-        name: value for name, value in recorded.items() if name not in ("seed", "run_name", "num_threads")
+        name: value
+        for name, value in complete(model.header.get("arguments", {})).items()
+        if name not in ("seed", "run_name", "num_threads")
     }
     # The training images and their digest depend on the seed, which draws the validation split.
     trained_on = {

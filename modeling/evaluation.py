@@ -120,7 +120,11 @@ class Evaluation:
         self.path = path
         self.header = checkpoint.read_header(path)
         trained_on, trained = self.header["dataset"], self.header["arguments"]
-        self.source = load(*self._dataset_and_choices(dataset, choices))
+        trained_choices = Choices.of(trained_on["read"]["choices"])
+        if dataset is None or full_name(dataset) == trained_on["name"]:  # read it as in training
+            choices = choices.over(trained_choices)
+        revision = f"@{trained_on['revision']}" if trained_on["revision"] else ""
+        self.source = load(dataset or trained_on["name"] + revision, choices)
         self.class_numbers = match_classes(path, self.header["classes"], self.source)
         changed = describe_change(self.source, trained_on)
         is_own = changed is None or self.source.name == trained_on["name"]
@@ -134,7 +138,6 @@ class Evaluation:
                 f"{self.source.name} has no split {self.split!r}, only {', '.join(self.source.splits)}: "
                 "choose one of these with --split"
             )
-        trained_choices = Choices(**trained_on["read"]["choices"])
         self.other_choices = self.source.choices.differences(trained_choices) if is_own else ""
         if is_own and changed:
             reads = f"is not read as in training ({self.other_choices})"
@@ -158,14 +161,6 @@ class Evaluation:
             limit_train=limit_eval,
             limit_eval=limit_eval,
         )
-
-    def _dataset_and_choices(self, dataset: str | None, choices: Choices) -> tuple[str, Choices]:
-        """By default the checkpoint's dataset. It is read as in training, unless `choices` say otherwise."""
-        trained_on = self.header["dataset"]
-        if dataset is None or full_name(dataset) == trained_on["name"]:
-            choices = choices.over(Choices(**trained_on["read"]["choices"]))
-        revision = f"@{trained_on['revision']}" if trained_on["revision"] else ""
-        return dataset or trained_on["name"] + revision, choices
 
     def _default_split(self, is_own: bool) -> str:
         """Test where there is one, else validation. Of another dataset without them, all there is."""

@@ -107,6 +107,11 @@ MAY_DIFFER = {
 }
 
 
+def complete(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """A header's arguments, with those that earlier versions did not record."""
+    return {"momentum": 0.9, **arguments}
+
+
 def resolve(
     flags: Mapping[str, Any],
     recipe: Recipe,

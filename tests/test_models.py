@@ -78,6 +78,22 @@ def test_the_3x3_convolution_has_torchs_outputs_and_gradients(side, memory_forma
         torch.testing.assert_close(actual, reference)
 
 
+def test_the_3x3_convolution_computes_in_the_precision_of_autocast():
+    torch.manual_seed(0)
+    convolution, x = Conv3x3(5, 6), torch.randn(4, 5, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = convolution(x)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    gradients = x.grad, convolution.weight.grad
+    exact = torch.autograd.grad(
+        torch.nn.functional.conv2d(x, convolution.weight, padding=1).sum(), [x, convolution.weight]
+    )
+    for gradient, expected in zip(gradients, exact, strict=True):
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.05)
+
+
 @pytest.mark.parametrize(
     "name, size", [("cnn", 32), ("cnn", 96), ("cnn_small", 32), ("vit_scratch", 32), ("vit_scratch", 96)]
 )

@@ -447,13 +447,20 @@ def test_a_split_column_of_parquet_is_refused_and_one_of_a_table_is_followed(tmp
         load_source(str(tmp_path))
     (tmp_path / "part-1.parquet").unlink()
     assert read(tmp_path) == (["0", "1"], {"train": 2})
-    save(tmp_path / "t" / "1.png"), save(tmp_path / "t" / "2.png")
-    (tmp_path / "t" / "labels.csv").write_text("file_name,label,Split\n1.png,a,train\n2.png,b,test\n")
+    for name in ("1.png", "2.png"):
+        save(tmp_path / "t" / name)
+    table = tmp_path / "t" / "labels.csv"
+    table.write_text("file_name,label,Split\n1.png,a,train\n2.png,b,test\n")
+    assert read(tmp_path / "t") == (["a", "b"], {"train": 1, "test": 1})
+    table.unlink()
+    rows = [{"file_name": "1.png", "label": "a"}, {"file_name": "2.png", "label": "b", "split": "test"}]
+    table.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read(tmp_path / "t") == (["a", "b"], {"train": 1, "test": 1})
 
 
 def test_a_row_with_too_many_cells_is_refused(tmp_path):
-    save(tmp_path / "1.png"), save(tmp_path / "2.png")
+    for name in ("1.png", "2.png"):
+        save(tmp_path / name)
     (tmp_path / "labels.csv").write_text("file_name,label\n1.png,Bern\n2.png,Bern, CH\n")
     with pytest.raises(UserError, match="row 2 of labels.csv has more cells than the table has columns"):
         load_source(str(tmp_path))

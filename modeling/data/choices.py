@@ -19,7 +19,7 @@ class Choices:
 
     @classmethod
     def of(cls, flags: Mapping[str, Any]) -> "Choices":
-        """Take the choices out of parsed flags."""
+        """Take the choices out of parsed flags, or out of a checkpoint's header."""
         return cls(
             image_column=flags["image_column"],
             label_column=flags["label_column"],
@@ -30,8 +30,8 @@ class Choices:
 
     def over(self, others: "Choices") -> "Choices":
         """These choices, and those of `others` where there is none."""
-        pairs = zip(vars(self).values(), vars(others).values(), strict=True)
-        return Choices(*(theirs if own is None else own for own, theirs in pairs))
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return Choices.of(vars(others) | given)
 
     def differences(self, others: "Choices") -> str:
         """The choices that `others` made differently, as words: "test_split 2024"."""

@@ -68,7 +68,8 @@ def read_parquet(root: Path, files: list[str], name: str, choices: Choices) -> P
     image_column = choose_image_column(schemas[first], choices.image_column, name)
     label_column = choose_label_column(schemas[first], choices.label_column, name, card, config)
     for split, split_files in by_split.items():
-        _refuse_split_column(root, split, split_files, label_column, name)
+        read = {file: schemas[file] for file in split_files}
+        _refuse_split_column(root, split, read, label_column, name)
     labels = {}
     for split, split_files in by_split.items():
         labels[split] = []
@@ -138,11 +139,13 @@ def _group_by_split(
     return config if len(by_config) > 1 else None, by_config[config]
 
 
-def _refuse_split_column(root: Path, split: str, files: list[str], label_column: str, name: str) -> None:
+def _refuse_split_column(
+    root: Path, split: str, schemas: dict[str, pa.Schema], label_column: str, name: str
+) -> None:
     """UserError: a column says that the rows of one split belong to several. It would go unread."""
     found = set()
-    for file in files:
-        for field in _read_schema(root / file):
+    for file, schema in schemas.items():
+        for field in schema:
             is_split = field.name.lower() == SPLIT_COLUMN and field.name != label_column
             if is_split and is_plain_label(field.type):
                 values = pq.read_table(root / file, columns=[field.name])[field.name].unique()

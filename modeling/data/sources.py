@@ -108,31 +108,27 @@ def load_source(name: str, choices: Choices = NO_CHOICES) -> Source:
     UserError: the dataset does not exist, there is no network, it can be read in several ways, it has no
     images or no classes, or a choice does not apply to it.
     """
-    path = Path(name).expanduser()
-    hub_id, at, revision = name.partition("@")
-    known = find_known(hub_id)
-    is_short_name = known is not None and name == known.name
-    if is_short_name and path.is_dir():
+    source_name, known = full_name(name), find_known(name)
+    path = Path(source_name)
+    if known and name == known.name and Path(name).is_dir():
         print(
             f"The folder {name} is not read: {name} is the name of a dataset. For the folder, give ./{name}"
         )
     if name == "digits":
         choices.refuse_all_but(kind="digits")
         return _digits()
-    if path.is_dir() and not is_short_name:  # a folder called "stl10" does not hide the dataset
-        return _read_folder(path.resolve(), str(path.resolve()), None, choices)
-    if path.is_file() and path.suffix.lower() in tables.EXTENSIONS:
-        table = path.resolve()
-        return _read_tables(table.parent, [table.name], str(table), None, choices, Counter())
-    if known and known.hub_id:
-        hub_id = known.hub_id
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", hub_id) or bool(at) != bool(revision):
+    if path.is_absolute() and path.is_dir():
+        return _read_folder(path, source_name, None, choices)
+    if path.is_absolute() and path.is_file() and path.suffix.lower() in tables.EXTENSIONS:
+        return _read_tables(path.parent, [path.name], source_name, None, choices, Counter())
+    _, at, revision = name.partition("@")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source_name) or bool(at) != bool(revision):
         raise UserError(
             f"no dataset {name!r}: give stl10, cifar10, digits, a hub id such as owner/name or "
             "owner/name@revision, a folder that exists, or a .csv, .tsv or .jsonl file with labels"
         )
-    folder = download(hub_id, repo_type="dataset", revision=revision or None)
-    source = _read_folder(folder, hub_id, folder.name, choices)
+    folder = download(source_name, repo_type="dataset", revision=revision or None)
+    source = _read_folder(folder, source_name, folder.name, choices)
     if known and known.hub_id:
         _check_promise(source, known)
     return source

@@ -46,7 +46,8 @@ def read_tables(root: Path, paths: list[str], name: str, choices: Choices) -> Ta
         columns = list(records[0])
         file_column = _choose(path, columns, FILE_COLUMNS, choices.image_column, "--image-column")
         label_column = _choose(path, columns, LABEL_COLUMNS, choices.label_column, "--label-column")
-        others = [column for column in columns if column != label_column]
+        # A row of .jsonl may have columns that the first row lacks.
+        others = {column for record in records for column in record} - {label_column}
         split_column = next((column for column in others if str(column).lower() == SPLIT_COLUMN), None)
         for number, record in enumerate(records, 1):
             place = f"row {number} of {path}"

@@ -28,6 +28,7 @@ from modeling.models.tensors import add_shared
 from modeling.optim import Ema
 from modeling.run.header import parse_json, require, validate_state
 from modeling.run.lock import start_ticks
+from modeling.settings import complete
 
 NUM_KEPT = 2  # states that a run keeps
 _KEY = "state"  # the metadata key in a state's file
@@ -149,9 +150,7 @@ class States:
         if found is None or (of_launcher and found[2]["launcher"] != of_launcher):
             return None
         path, tensors, header = found
-        # States of earlier versions do not record the momentum.
-        saved = {"momentum": 0.9} | header["arguments"]
-        wanted = json.loads(json.dumps(self.arguments))
+        saved, wanted = complete(header["arguments"]), json.loads(json.dumps(self.arguments))
         changes = _changes(saved, wanted)
         if changes and not force:
             raise UserError(
